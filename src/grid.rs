@@ -1,0 +1,1 @@
+//! Sample grids as PNG files. (being written)

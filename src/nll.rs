@@ -1,0 +1,1 @@
+//! nll (being written)

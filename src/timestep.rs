@@ -1,0 +1,1 @@
+//! timestep (being written)

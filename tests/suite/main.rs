@@ -1,0 +1,9 @@
+//! Every integration test, in one binary.
+
+mod cli;
+mod data;
+mod diffusion;
+mod golden;
+mod kernels;
+mod network;
+mod train;
