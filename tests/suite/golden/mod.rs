@@ -5,8 +5,14 @@
 //! folder with other seeds, sizes and cases is checked by the same code. A file of no known kind, a vector file without an index
 //! entry, and a result that no check compared are errors.
 
+mod codes;
+mod gaussian;
+mod likelihood;
+mod losses;
 mod network;
+mod samplers;
 mod schedules;
+mod timestep;
 pub mod vectors;
 
 use std::path::{Path, PathBuf};
@@ -17,12 +23,19 @@ use vectors::{Folder, VectorFile};
 const KINDS: &[(&str, fn(&VectorFile))] = &[
     ("01_schedules", schedules::schedules),
     ("02_respacing", schedules::respacing),
+    ("03_gaussian", gaussian::check),
+    ("04_losses", losses::check),
+    ("05_likelihood", likelihood::check),
+    ("06_samplers", samplers::check),
+    ("07_bpd", samplers::bound),
+    ("08_timestep_samplers", timestep::check),
     ("09_layers", network::layers),
     ("09_resblocks", network::resblocks),
     ("09_attention", network::attention),
     ("10_unet_", network::unet),
     ("10_adamw_ema", network::adamw_ema),
     ("10_training", network::training),
+    ("12_image_codes", codes::check),
 ];
 
 /// What a folder may also hold, unread here, and why.
@@ -35,7 +48,17 @@ const UNREAD: &[(&str, &str)] = &[
 ];
 
 /// Kinds that the crate's own folder always holds.
-const CARRIED: &[&str] = &["01_schedules", "02_respacing"];
+const CARRIED: &[&str] = &[
+    "01_schedules",
+    "02_respacing",
+    "03_gaussian",
+    "04_losses",
+    "05_likelihood",
+    "06_samplers",
+    "07_bpd",
+    "08_timestep_samplers",
+    "12_image_codes",
+];
 
 /// The folder of vectors in use.
 fn folder() -> PathBuf {
@@ -73,12 +96,19 @@ macro_rules! kinds {
 kinds! {
     schedules_match_the_reference "01_schedules",
     respacing_matches_the_reference "02_respacing",
+    gaussian_matches_the_reference "03_gaussian",
+    losses_match_the_reference "04_losses",
+    likelihood_matches_the_reference "05_likelihood",
+    samplers_match_the_reference "06_samplers",
+    bound_matches_the_reference "07_bpd",
+    timestep_samplers_match_the_reference "08_timestep_samplers",
     layers_match_the_reference "09_layers",
     resblocks_match_the_reference "09_resblocks",
     attention_matches_the_reference "09_attention",
     unet_matches_the_reference "10_unet_",
     adamw_ema_matches_the_reference "10_adamw_ema",
     training_matches_the_reference "10_training",
+    image_codes_match_the_reference "12_image_codes",
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use iddpm::config::{MeanType, Schedule, VarType};
+use iddpm::diffusion::Output;
 use iddpm::schedule::{Process, space_timesteps};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Map, Value};
@@ -360,4 +361,14 @@ pub fn var_type(name: &str) -> VarType {
         "large" => VarType::FixedLarge,
         other => panic!("unknown variance type {other}"),
     }
+}
+
+/// Output kinds a case has tensors for, as they are named there: "eps.range" and so on.
+pub fn outputs<'a>(file: &'a VectorFile, case: &str) -> Vec<(&'a str, Output)> {
+    let kinds = file.names().filter_map(|name| {
+        let combo = name.strip_prefix(case)?.strip_prefix('/')?.strip_suffix("/model_output")?;
+        let (mean, var) = combo.split_once('.').unwrap_or_else(|| panic!("output kind {combo}"));
+        Some((combo, Output { mean_type: mean_type(mean), var_type: var_type(var) }))
+    });
+    kinds.collect()
 }
