@@ -85,8 +85,10 @@ impl ImageReader<'_> {
 /// Where the noise comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Noise {
-    /// Drawn by the step, with this op word in the random counter.
-    Drawn(u32),
+    /// Drawn by the step for training: a function of seed, step and position in the batch.
+    Drawn,
+    /// Drawn by the step for evaluation: a function of seed, image index and t.
+    PerImage,
     /// Given in `eps`.
     Given,
 }
@@ -152,7 +154,8 @@ impl Operation for QSample {
     fn run_cpu(&self, m: &Views) {
         let size = m.graph().shape(self.x_t).len() / m.graph().shape(self.x_t).n;
         let (control, first_image) = (m.control(self.images.control), self.images.first_image);
-        let (t, images) = (m.get::<i32>(self.t), self.images.open(m));
+        let (t, index) = (m.get::<i32>(self.t), m.get::<i32>(self.images.index));
+        let images = self.images.open(m);
         let x_t = m.f32_mut(self.x_t).par_chunks_mut(size).enumerate();
         let noised = |n: usize, x: &mut [f32], eps: &[f32]| {
             images.x_0(n, x);
@@ -166,9 +169,13 @@ impl Operation for QSample {
                 let eps = m.f32(self.eps);
                 x_t.for_each(|(n, x)| noised(n, x, &eps[n * size..][..size]));
             }
-            Noise::Drawn(op) => {
+            Noise::Drawn | Noise::PerImage => {
                 x_t.zip(m.f32_mut(self.eps).par_chunks_mut(size)).for_each(|((n, x), eps)| {
-                    rng::fill_normal(eps, control.seed, first_image + n as u32, control.step, op);
+                    let (image, step, op) = match self.noise {
+                        Noise::PerImage => (index[n] as u32, t[n] as u32, rng::op::NLL),
+                        _ => (first_image + n as u32, control.step, rng::op::Q_SAMPLE),
+                    };
+                    rng::fill_normal(eps, control.seed, image, step, op);
                     noised(n, x, eps);
                 });
             }
