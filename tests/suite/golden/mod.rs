@@ -19,8 +19,11 @@ use std::path::{Path, PathBuf};
 
 use vectors::{Folder, VectorFile};
 
+/// Compares everything one file holds.
+type Check = fn(&VectorFile);
+
 /// Every kind of vector file, by the start of its name, and the check of its whole content.
-const KINDS: &[(&str, fn(&VectorFile))] = &[
+const KINDS: &[(&str, Check)] = &[
     ("01_schedules", schedules::schedules),
     ("02_respacing", schedules::respacing),
     ("03_gaussian", gaussian::check),
@@ -142,7 +145,7 @@ mod planted_faults {
     const NAME: &str = "12_image_codes.safetensors";
 
     /// Runs `check` on a copy of one file of the crate's folder after `spoil(bytes, index)`; the message of its panic.
-    fn failure(spoil: impl Fn(&mut Vec<u8>, &mut serde_json::Value), check: fn(&VectorFile)) -> String {
+    fn failure(spoil: impl Fn(&mut Vec<u8>, &mut serde_json::Value), check: Check) -> String {
         let temporary = tempfile::tempdir().unwrap();
         let mut bytes = fs::read(carried_folder().join(NAME)).unwrap();
         let text = fs::read_to_string(carried_folder().join("index.json")).unwrap().replace("Infinity", "null");
