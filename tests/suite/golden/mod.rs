@@ -60,6 +60,11 @@ const CARRIED: &[&str] = &[
     "06_samplers",
     "07_bpd",
     "08_timestep_samplers",
+    "09_layers",
+    "09_resblocks",
+    "09_attention",
+    "10_unet_",
+    "10_adamw_ema",
     "12_image_codes",
 ];
 
