@@ -24,11 +24,13 @@ pub fn kept(n: usize, limit: Option<usize>) -> Vec<usize> {
     }
 }
 
-/// Memory that can still be used, in bytes, where the system tells.
+/// Memory that can still be used, in bytes, where the system tells: what is free, at most what a container may have.
 fn available_memory() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
-    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
+    let free = line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024;
+    let container = std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok().and_then(|t| t.trim().parse().ok());
+    Some(container.map_or(free, |limit: u64| free.min(limit)))
 }
 
 /// An empty buffer with room for n·h·w·c bytes.

@@ -108,6 +108,19 @@ fn truncated_images_are_refused() {
     }
 }
 
+/// Stray bytes between headers and after the end are accepted, as other programs do; an image that stops early is not.
+#[test]
+fn untidy_jpegs_are_read_and_unfinished_ones_refused() {
+    let good = std::fs::read(fixture("images/rgb.jpg")).unwrap();
+    let expected = decode(&good).unwrap();
+    let after_app0 = 4 + usize::from(u16::from_be_bytes([good[4], good[5]]));
+    let stray = [&good[..after_app0], &[1, 2, 3, 4, 5, 6], &good[after_app0..]].concat();
+    assert!(decode(&stray).unwrap() == expected);
+    let trailing = [&good[..], &[0; 300]].concat();
+    assert!(decode(&trailing).unwrap() == expected);
+    assert!(decode(&good[..good.len() - 200]).unwrap_err().contains("truncated"));
+}
+
 #[test]
 fn absurd_sizes_are_refused_before_anything_is_allocated() {
     assert!(check_size(MAX_SIDE, 1).is_ok());
