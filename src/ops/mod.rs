@@ -2,6 +2,7 @@
 
 pub mod attention;
 pub mod conv2d;
+pub mod fast;
 pub mod group_norm;
 pub mod linear;
 pub mod view;
