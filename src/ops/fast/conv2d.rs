@@ -7,7 +7,7 @@
 use super::axis::{Axis, AxisTap, Phase};
 use super::parallel::{ALIGN, Disjoint, aligned, for_each_job, jobs_for, part};
 use super::simd::{Isa, Kernel, Vector};
-use super::tile::{MAX_ROWS, MAX_WIDTH, RowPointers, Tile, rows_product};
+use super::tile::{MAX_ROWS, MAX_WIDTH, RowPointers, Tile, block_width, rows_product};
 use crate::ops::conv2d::ConvShape;
 use crate::ops::view::{Cat, Rows};
 
@@ -223,7 +223,7 @@ impl Convolution<'_> {
     /// Width of the block of lanes that starts at `first`: two vectors, or one where that is enough.
     #[inline(always)]
     fn width<V: Vector>(&self, first: usize) -> usize {
-        if self.epilogue.c - first > V::LANES { 2 * V::LANES } else { V::LANES }
+        block_width(self.epilogue.c, first, V::LANES)
     }
 
     /// Start in the packed weights of a tap of a phase, for the block of lanes that starts at `first`.
@@ -371,10 +371,10 @@ impl Job<'_> {
             for tx in phase.cols {
                 let step = ty.offset * w as isize + tx.offset;
                 for (source, &channels) in sources.iter().zip(lengths) {
-                    for p in 0..MAX_ROWS {
+                    for (p, row) in rows[segment].iter_mut().enumerate() {
                         let inside = ((at.y[p] + ty.offset) as usize) < h && ((at.x[p] + tx.offset) as usize) < w;
                         let pixel = source.wrapping_offset((at.src[p] + step) * channels as isize);
-                        rows[segment][p] = if inside { pixel } else { self.zeros.as_ptr() };
+                        *row = if inside { pixel } else { self.zeros.as_ptr() };
                     }
                     segment += 1;
                 }

@@ -8,6 +8,12 @@ pub(super) const MAX_ROWS: usize = 12;
 /// Columns of the largest tile of any instruction set.
 pub(super) const MAX_WIDTH: usize = 32;
 
+/// Width of the block of columns that starts at `first` of `len`: two vectors, or one where that is enough.
+#[inline(always)]
+pub(super) fn block_width(len: usize, first: usize, lanes: usize) -> usize {
+    if len - first > lanes { 2 * lanes } else { lanes }
+}
+
 /// A tile's values in memory, row p at `p · width`.
 #[repr(align(64))]
 pub(super) struct Tile(pub [f32; MAX_ROWS * MAX_WIDTH]);
@@ -37,21 +43,21 @@ unsafe fn rows_tile<V: Vector, const P: usize, const Q: usize>(
                 // SAFETY: the caller's promise.
                 *r = unsafe { V::load(right.add(q * V::LANES)) };
             }
-            for p in 0..P {
+            for (acc, row) in acc.iter_mut().zip(row) {
                 // SAFETY: the caller's promise.
-                let l = V::splat(unsafe { *row[p].add(k) });
-                for q in 0..Q {
-                    acc[p][q] = l.mul_add(r[q], acc[p][q]);
+                let l = V::splat(unsafe { *row.add(k) });
+                for (acc, r) in acc.iter_mut().zip(r) {
+                    *acc = l.mul_add(r, *acc);
                 }
             }
             // SAFETY: at most one past the end.
             right = unsafe { right.add(Q * V::LANES) };
         }
     }
-    for p in 0..P {
-        for q in 0..Q {
+    for (p, acc) in acc.iter().enumerate() {
+        for (q, acc) in acc.iter().enumerate() {
             // SAFETY: P and Q·LANES are at most MAX_ROWS and MAX_WIDTH.
-            unsafe { acc[p][q].store(tile.0.as_mut_ptr().add((p * Q + q) * V::LANES)) };
+            unsafe { acc.store(tile.0.as_mut_ptr().add((p * Q + q) * V::LANES)) };
         }
     }
 }
@@ -131,11 +137,11 @@ unsafe fn outer_tile<V: Vector, const P: usize, const Q: usize, const TAIL: bool
                 // SAFETY: as above; the last vector of a tail is read only as far as it is there.
                 *v = unsafe { if TAIL && q == Q - 1 { V::load_first(at, last) } else { V::load(at) } };
             }
-            for p in 0..P {
+            for (p, acc) in acc.iter_mut().enumerate() {
                 // SAFETY: as above.
                 let x = V::splat(unsafe { *l.add(p) });
-                for q in 0..Q {
-                    acc[p][q] = x.mul_add(v[q], acc[p][q]);
+                for (acc, v) in acc.iter_mut().zip(v) {
+                    *acc = x.mul_add(v, *acc);
                 }
             }
         }
