@@ -416,6 +416,21 @@ pub struct DropoutRun {
     pub control: Val,
 }
 
+/// The recorded network's values worth a name.
+#[derive(Clone, Debug)]
+pub struct Activations {
+    /// The output, (n, h, w, out).
+    pub out: Val,
+    /// The embedding of time and label that the residual blocks project, (n, 4 base).
+    pub emb: Val,
+    /// After each input block.
+    pub input: Vec<Val>,
+    /// After the middle block.
+    pub middle: Val,
+    /// After each output block.
+    pub output: Vec<Val>,
+}
+
 /// Appends the network: x (n, h, w, in), t (n) time values, labels (n) if class-conditional, to (n, h, w, out).
 pub fn record(
     g: &mut Graph,
@@ -425,27 +440,31 @@ pub fn record(
     t: Val,
     labels: Option<Val>,
     dropout: Option<DropoutRun>,
-) -> Val {
+) -> Activations {
     assert_eq!(labels.is_some(), config.num_classes.is_some(), "labels are given iff the model has classes");
     let a = Architecture::new(config);
-    let projected = time_embedding(g, config, params, t, labels);
+    let emb = time_embedding(g, config, params, t, labels);
+    let projected = project(g, params, emb);
     let mut r = Recorder { g, params, projected, dropout };
-    let (mut h, mut kept) = (x, Vec::new());
+    let mut input = Vec::new();
     for block in &a.input {
-        h = r.block(block, h).into();
-        kept.push(h.a);
+        input.push(r.block(block, input.last().map_or(x, |&h: &Val| h.into())));
     }
-    let mut h = r.block(&a.middle, h);
-    for block in &a.output {
-        let x = Source { a: h, b: kept.pop() };
-        h = r.block(block, x);
+    let bottom = *input.last().expect("there is an input block");
+    let middle = r.block(&a.middle, bottom.into());
+    let mut output: Vec<Val> = Vec::new();
+    for (block, &skip) in a.output.iter().zip(input.iter().rev()) {
+        let h = output.last().copied().unwrap_or(middle);
+        output.push(r.block(block, Source { a: h, b: Some(skip) }));
     }
     r.g.scope("out");
+    let h = *output.last().expect("there is an output block");
     let h = r.norm("out.0", h.into(), NormOptions { silu: true, ..NormOptions::default() });
-    r.conv("out.2", h.into(), ConvOptions::default())
+    let out = r.conv("out.2", h.into(), ConvOptions::default());
+    Activations { out, emb, input, middle, output }
 }
 
-/// The projected time embedding, all residual blocks side by side: (n, columns).
+/// The embedding of time and label, (n, 4 base).
 fn time_embedding(g: &mut Graph, config: &ModelConfig, params: &ParamVals, t: Val, labels: Option<Val>) -> Val {
     g.scope("time_embed");
     let e = TimestepEmbedding::record(g, t, config.model_channels);
@@ -458,7 +477,7 @@ fn time_embedding(g: &mut Graph, config: &ModelConfig, params: &ParamVals, t: Va
         g.scope("label_emb");
         e = Embedding::record(g, e, params.get("label_emb.weight"), labels);
     }
-    project(g, params, e)
+    e
 }
 
 /// SiLU and every residual block's projection of the embedding `e` (n, emb).
