@@ -281,6 +281,7 @@ impl Graph {
         let value = self[p].clone();
         let Place::Fixed(Region::Params, at) = value.place else { panic!("{} is no parameter", value.name) };
         let accumulate = !self.grads_written.insert(p);
+        self.region_bytes[Region::Grads as usize] = self.region_bytes[Region::Params as usize];
         (self.at(&format!("d {}", value.name), value.shape, DType::F32, Region::Grads, at), accumulate)
     }
 

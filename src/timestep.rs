@@ -82,31 +82,18 @@ impl TimestepDist {
     pub fn pick(&self, u: &[f64]) -> Vec<(usize, f32)> {
         let steps = self.steps();
         if let TimestepDist::Uniform { .. } = self {
-            return u.iter().map(|u| (((u * steps as f64) as usize).min(steps - 1), 1.0)).collect();
+            return u.iter().map(|&u| (pick_uniform(u, steps), 1.0)).collect();
         }
-        let p = self.probabilities();
-        let mut total = 0.0;
-        let cumulative: Vec<f64> = p
-            .iter()
-            .map(|p| {
-                total += p;
-                total
-            })
-            .collect();
-        u.iter()
-            .map(|&u| {
-                let t = cumulative.partition_point(|&c| c / total <= u).min(steps - 1);
-                (t, (1.0 / (steps as f64 * p[t])) as f32)
-            })
-            .collect()
+        let weights = self.weights();
+        let mut cumulative = vec![0.0; steps];
+        accumulate(&weights, &mut cumulative);
+        u.iter().map(|&u| pick_weighted(u, &weights, &cumulative)).collect()
     }
 
     /// Timesteps and importance weights of a batch: [`TimestepDist::pick`] of `word·2^-32`, where word is element 0 of Philox
     /// image `first_image + i`, step `step`, op [`op::TIMESTEP`].
     pub fn draw(&self, batch: usize, seed: u64, step: u32, first_image: u32) -> Vec<(usize, f32)> {
-        let u: Vec<f64> = (0..batch as u32)
-            .map(|i| f64::from(rng::philox([0, first_image + i, step, op::TIMESTEP], seed)[0]) / 4_294_967_296.0)
-            .collect();
+        let u: Vec<f64> = (0..batch as u32).map(|i| uniform(seed, step, first_image + i)).collect();
         self.pick(&u)
     }
 
@@ -179,27 +166,67 @@ impl LossHistory {
     }
 
     fn push(&mut self, t: usize, loss: f32) {
-        let row = &mut self.losses[t * self.per_step..(t + 1) * self.per_step];
-        let filled = &mut self.counts[t];
-        if *filled as usize == self.per_step {
-            row.rotate_left(1);
-            row[self.per_step - 1] = loss;
-        } else {
-            row[*filled as usize] = loss;
-            *filled += 1;
-        }
+        push(&mut self.losses, &mut self.counts, t, loss);
     }
 
     fn weights(&self) -> Vec<f64> {
-        let steps = self.counts.len();
-        if !self.is_warm() {
-            return vec![1.0; steps];
-        }
-        let square = |row: &[f32]| row.iter().map(|&l| f64::from(l) * f64::from(l)).sum::<f64>();
-        let mut w: Vec<f64> =
-            self.losses.chunks_exact(self.per_step).map(|row| (square(row) / self.per_step as f64).sqrt()).collect();
-        let sum: f64 = w.iter().sum();
-        w.iter_mut().for_each(|w| *w = *w / sum * (1.0 - self.uniform_prob) + self.uniform_prob / steps as f64);
+        let mut w = vec![0.0; self.counts.len()];
+        weights(&self.losses, &self.counts, self.uniform_prob, &mut w);
         w
     }
+}
+
+/// The number in [0, 1) that draws the timestep of one image.
+pub fn uniform(seed: u64, step: u32, image: u32) -> f64 {
+    f64::from(rng::philox([0, image, step, op::TIMESTEP], seed)[0]) / 4_294_967_296.0
+}
+
+/// The timestep of `u` in [0, 1) when every t is alike.
+pub fn pick_uniform(u: f64, steps: usize) -> usize {
+    ((u * steps as f64) as usize).min(steps - 1)
+}
+
+/// Cumulative sums of `weights`, in index order.
+pub fn accumulate(weights: &[f64], cumulative: &mut [f64]) {
+    let mut total = 0.0;
+    for (c, w) in cumulative.iter_mut().zip(weights) {
+        total += w;
+        *c = total;
+    }
+}
+
+/// The timestep of `u` in [0, 1) and its importance weight `1/(T p_t)`, `p = weights/Σ weights`.
+pub fn pick_weighted(u: f64, weights: &[f64], cumulative: &[f64]) -> (usize, f32) {
+    let steps = weights.len();
+    let total = cumulative[steps - 1];
+    let t = cumulative.partition_point(|&c| c / total <= u).min(steps - 1);
+    (t, (total / (steps as f64 * weights[t])) as f32)
+}
+
+/// Takes one loss into the history of `t`: `losses` (T, kept), oldest first, `counts` (T).
+pub fn push(losses: &mut [f32], counts: &mut [u32], t: usize, loss: f32) {
+    let kept = losses.len() / counts.len();
+    let row = &mut losses[t * kept..(t + 1) * kept];
+    let filled = counts[t] as usize;
+    if filled == kept {
+        row.rotate_left(1);
+        row[kept - 1] = loss;
+    } else {
+        row[filled] = loss;
+        counts[t] += 1;
+    }
+}
+
+/// Weights of a history: all 1 until every t has its full history, then by the module's formula, with sum 1.
+pub fn weights(losses: &[f32], counts: &[u32], uniform_prob: f64, w: &mut [f64]) {
+    let (steps, kept) = (counts.len(), losses.len() / counts.len());
+    if counts.iter().any(|&n| (n as usize) < kept) {
+        return w.fill(1.0);
+    }
+    for (w, row) in w.iter_mut().zip(losses.chunks_exact(kept)) {
+        let square: f64 = row.iter().map(|&l| f64::from(l) * f64::from(l)).sum();
+        *w = (square / kept as f64).sqrt();
+    }
+    let sum: f64 = w.iter().sum();
+    w.iter_mut().for_each(|w| *w = *w / sum * (1.0 - uniform_prob) + uniform_prob / steps as f64);
 }

@@ -68,6 +68,7 @@ impl Operation for HybridLoss {
         g.shape(self.x_t).len()
     }
     fn run_cpu(&self, m: &Views) {
+        let clean = self.images.open(m);
         let s = m.graph().shape(self.x_t);
         let (size, out_size) = (s.len() / s.n, m.graph().shape(self.out).len() / s.n);
         let (out, x_t, eps) = (m.f32(self.out), m.f32(self.x_t), m.f32(self.eps));
@@ -77,7 +78,7 @@ impl Operation for HybridLoss {
         let images = m.f32_mut(self.d_out).par_chunks_mut(out_size).zip(m.scratch().par_chunks_mut(size));
         let images = images.zip(loss.par_iter_mut()).zip(mse.par_iter_mut()).zip(vb.par_iter_mut());
         images.enumerate().for_each(|(n, ((((d_out, x_0), loss), mse), vb))| {
-            self.images.x_0(m, n, x_0);
+            clean.x_0(n, x_0);
             let (x_t, eps, out) =
                 (&x_t[n * size..][..size], &eps[n * size..][..size], &out[n * out_size..][..out_size]);
             let (c, scale) = (self.process.at(t[n] as usize), f64::from(weight[n]) / s.n as f64);

@@ -42,18 +42,40 @@ impl Images {
         (self.shape(g).len() + g[self.index].bytes()) as f64
     }
 
+    /// The images in memory.
+    pub fn open<'a>(&self, m: &Views<'a>) -> ImageReader<'a> {
+        ImageReader {
+            data: m.get(self.data),
+            index: m.get(self.index),
+            shape: m.graph().shape(self.data),
+            flip: self.flip,
+            first_image: self.first_image,
+            control: m.control(self.control),
+        }
+    }
+}
+
+/// [`Images`] in memory.
+pub struct ImageReader<'a> {
+    data: &'a [u8],
+    index: &'a [i32],
+    shape: Shape,
+    flip: bool,
+    first_image: u32,
+    control: Control,
+}
+
+impl ImageReader<'_> {
     /// x_0 of image `n` of the microbatch.
-    pub fn x_0(&self, m: &Views, n: usize, x_0: &mut [f32]) {
-        let s = m.graph().shape(self.data);
-        let image = m.get::<i32>(self.index)[n] as usize;
-        let bytes = &m.get::<u8>(self.data)[image * x_0.len()..][..x_0.len()];
-        let control: Control = m.control(self.control);
-        let counter = [0, self.first_image + n as u32, control.step, rng::op::FLIP];
-        let mirrored = self.flip && rng::philox(counter, control.seed)[0] >> 31 == 1;
-        for (p, out) in x_0.chunks_exact_mut(s.c).enumerate() {
-            let (row, col) = (p / s.w, p % s.w);
-            let from = row * s.w + if mirrored { s.w - 1 - col } else { col };
-            for (x, b) in out.iter_mut().zip(&bytes[from * s.c..]) {
+    pub fn x_0(&self, n: usize, x_0: &mut [f32]) {
+        let (w, c) = (self.shape.w, self.shape.c);
+        let bytes = &self.data[self.index[n] as usize * x_0.len()..][..x_0.len()];
+        let counter = [0, self.first_image + n as u32, self.control.step, rng::op::FLIP];
+        let mirrored = self.flip && rng::philox(counter, self.control.seed)[0] >> 31 == 1;
+        for (p, out) in x_0.chunks_exact_mut(c).enumerate() {
+            let (row, col) = (p / w, p % w);
+            let from = row * w + if mirrored { w - 1 - col } else { col };
+            for (x, b) in out.iter_mut().zip(&bytes[from * c..]) {
                 *x = diffusion::to_unit(*b);
             }
         }
@@ -63,8 +85,10 @@ impl Images {
 /// Where the noise comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Noise {
-    /// Drawn by the step, with this op word in the random counter.
-    Drawn(u32),
+    /// Drawn by the step for training: a function of seed, step and position in the batch.
+    Drawn,
+    /// Drawn by the step for evaluation: a function of seed, image index and t.
+    PerImage,
     /// Given in `eps`.
     Given,
 }
@@ -129,11 +153,12 @@ impl Operation for QSample {
     }
     fn run_cpu(&self, m: &Views) {
         let size = m.graph().shape(self.x_t).len() / m.graph().shape(self.x_t).n;
-        let control = m.control(self.images.control);
-        let t = m.get::<i32>(self.t);
+        let (control, first_image) = (m.control(self.images.control), self.images.first_image);
+        let (t, index) = (m.get::<i32>(self.t), m.get::<i32>(self.images.index));
+        let images = self.images.open(m);
         let x_t = m.f32_mut(self.x_t).par_chunks_mut(size).enumerate();
         let noised = |n: usize, x: &mut [f32], eps: &[f32]| {
-            self.images.x_0(m, n, x);
+            images.x_0(n, x);
             let c = self.process.at(t[n] as usize);
             for (x, eps) in x.iter_mut().zip(eps) {
                 *x = diffusion::gaussian::q_sample_value(&c, f64::from(*x), f64::from(*eps)) as f32;
@@ -144,9 +169,13 @@ impl Operation for QSample {
                 let eps = m.f32(self.eps);
                 x_t.for_each(|(n, x)| noised(n, x, &eps[n * size..][..size]));
             }
-            Noise::Drawn(op) => {
+            Noise::Drawn | Noise::PerImage => {
                 x_t.zip(m.f32_mut(self.eps).par_chunks_mut(size)).for_each(|((n, x), eps)| {
-                    rng::fill_normal(eps, control.seed, self.images.first_image + n as u32, control.step, op);
+                    let (image, step, op) = match self.noise {
+                        Noise::PerImage => (index[n] as u32, t[n] as u32, rng::op::NLL),
+                        _ => (first_image + n as u32, control.step, rng::op::Q_SAMPLE),
+                    };
+                    rng::fill_normal(eps, control.seed, image, step, op);
                     noised(n, x, eps);
                 });
             }

@@ -57,6 +57,7 @@ impl Operation for VbTerms {
         g.shape(self.x_t).len()
     }
     fn run_cpu(&self, m: &Views) {
+        let clean = self.images.open(m);
         let s = m.graph().shape(self.x_t);
         let (size, out_size) = (s.len() / s.n, m.graph().shape(self.out).len() / s.n);
         let (out, x_t, eps) = (m.f32(self.out), m.f32(self.x_t), m.f32(self.eps));
@@ -65,7 +66,7 @@ impl Operation for VbTerms {
         let images = m.scratch().par_chunks_mut(size).zip(vb.par_iter_mut());
         images.zip(x_0_mse.par_iter_mut()).zip(eps_mse.par_iter_mut()).enumerate().for_each(
             |(n, (((x_0, vb), x_0_mse), eps_mse))| {
-                self.images.x_0(m, n, x_0);
+                clean.x_0(n, x_0);
                 let (x_t, eps) = (&x_t[n * size..][..size], &eps[n * size..][..size]);
                 let (c, clip) = (self.process.at(t[n] as usize), diffusion::clip(self.clip));
                 let out = &out[n * out_size..][..out_size];

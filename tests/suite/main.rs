@@ -2,6 +2,7 @@
 
 mod cli;
 mod data;
+mod device;
 mod diffusion;
 mod golden;
 mod kernels;

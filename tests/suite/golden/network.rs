@@ -4,7 +4,7 @@
 //! every gradient. Stored tensors are (out, in, kh, kw); ours are (out, kh, kw, in).
 
 use super::vectors::{self, Tensor, VectorFile};
-use crate::device;
+use crate::device::device;
 use iddpm::autograd;
 use iddpm::config::{DiffusionConfig, FirstStep, LossType, ModelConfig};
 use iddpm::device::{Device, Plan, PlanId};
@@ -151,7 +151,9 @@ impl<'a> Piece<'a> {
             self.g.keep(*v);
         }
         let mut device = device();
-        device.write_region(Region::Params, &load(self.file, &self.params, &format!("{}/param.", self.case), "m.")).unwrap();
+        device
+            .write_region(Region::Params, &load(self.file, &self.params, &format!("{}/param.", self.case), "m."))
+            .unwrap();
         let id = device.bind(Plan::new(self.g, true)).unwrap();
         for (_, v, values) in &self.inputs {
             device.write(id, *v, values).unwrap();
@@ -169,7 +171,9 @@ impl<'a> Piece<'a> {
             compare_value(&format!("grad/{name}"), grad.expect("the result depends on every input"));
         }
         let mut flat = vec![0.0; self.params.len];
-        device.read_region(Region::Grads, &mut flat[..if self.params.list.is_empty() { 0 } else { self.params.len }]).unwrap();
+        device
+            .read_region(Region::Grads, &mut flat[..if self.params.list.is_empty() { 0 } else { self.params.len }])
+            .unwrap();
         compare(self.file, &self.params, &flat, &format!("{}/grad/param.", self.case), "m.");
     }
 }
@@ -378,13 +382,18 @@ pub fn unet(file: &VectorFile) {
         labels: file.has("loss/y").then(|| file.get("loss/y").clone()),
         weight: None,
     };
-    let mut run = TrainingPlan::new(&config, &diffusion_config(&file.settings["loss"]), &params, &batch, 1, None);
+    let diffusion = diffusion_config(&file.settings["loss"]);
+    let mut run = TrainingPlan::new(&config, &diffusion, &params, &batch, 1, None);
     run.device.write_region(Region::Params, &weights).unwrap();
     run.step(&batch, &Control::default());
-    for (name, v) in [("loss", run.terms.loss), ("mse", run.terms.mse), ("vb", run.terms.vb)] {
+    // The reference reports the bound term as it enters the loss, we report it in bits/dim.
+    let vb_scale = Objective::from_config(&diffusion).vb_scale(run.process.steps()) as f32;
+    for (name, v, scale) in [("loss", run.terms.loss, 1.0), ("mse", run.terms.mse, 1.0), ("vb", run.terms.vb, vb_scale)]
+    {
         let name = format!("loss/{name}");
         if file.has(&name) {
-            file.compare_f32(&name, &read(&run.device, run.id, v));
+            let values: Vec<f32> = read(&run.device, run.id, v).iter().map(|x| x * scale).collect();
+            file.compare_f32(&name, &values);
         }
     }
     compare(file, &params, &run.region(Region::Grads, params.len), "loss/grad/param/", "");
@@ -490,8 +499,7 @@ impl TrainingPlan {
         let n = s.n / microbatches;
         for first in (0..s.n).step_by(n) {
             let part = |g: &mut Graph, v: Val| g.rows(v, first, n);
-            let images =
-                Images { data, index: part(&mut g, index), flip: false, first_image: first as u32, control };
+            let images = Images { data, index: part(&mut g, index), flip: false, first_image: first as u32, control };
             let (eps, t, weight) = (part(&mut g, eps), part(&mut g, t), part(&mut g, weight));
             let start = g.steps.len();
             let x_t = QSample::record_given(&mut g, images.clone(), t, eps, process.clone());
@@ -528,7 +536,22 @@ impl TrainingPlan {
         let [loss, mse, vb] = terms;
         let terms = LossVals { loss, mse, vb };
         let rescale = diffusion.rescale_timesteps;
-        TrainingPlan { device, id, control, index, data, eps, t, t_model, labels, weight, terms, norm, process, rescale }
+        TrainingPlan {
+            device,
+            id,
+            control,
+            index,
+            data,
+            eps,
+            t,
+            t_model,
+            labels,
+            weight,
+            terms,
+            norm,
+            process,
+            rescale,
+        }
     }
 
     fn step(&mut self, batch: &Batch, control: &Control) {
