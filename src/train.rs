@@ -104,16 +104,22 @@ impl Trainer {
     /// [`Error::Checkpoint`] when it does not fit the model or the data.
     pub fn restore(&mut self, checkpoint: &Checkpoint) -> Result<()> {
         let graph = &self.device.plan(self.id).graph;
-        let state: Vec<(String, bool, usize)> = self.vals.state.iter()
+        let state: Vec<(String, bool, usize)> = self
+            .vals
+            .state
+            .iter()
             .map(|&(name, v)| (name.to_string(), graph[v].dtype == DType::I32, graph.shape(v).len()))
             .collect();
         let s = checkpoint.snapshot(&slots(&self.params), self.params.len, &state)?;
         let (have, want) = (&s.progress.config.data, &self.config.data);
         if (have.fingerprint, have.images) != (want.fingerprint, want.images) {
-            return Err(Error::checkpoint(checkpoint.path(), format!(
-                "trained on {} images of {} with fingerprint {:016x}; {} has {} with {:016x}: resume with the same data",
-                have.images, have.source, have.fingerprint, want.source, want.images, want.fingerprint
-            )));
+            return Err(Error::checkpoint(
+                checkpoint.path(),
+                format!(
+                    "trained on {} images of {} with fingerprint {:016x}; {} has {} with {:016x}: resume with the same data",
+                    have.images, have.source, have.fingerprint, want.source, want.images, want.fingerprint
+                ),
+            ));
         }
         self.device.write_region(Region::Params, &s.params)?;
         self.device.write_region(Region::Ema, &s.ema)?;
@@ -157,7 +163,8 @@ impl Trainer {
             let at = p.offset..p.offset + p.len();
             let regions = [&snapshot.params, &snapshot.adam_m, &snapshot.adam_v];
             if let Some(x) = regions.into_iter().flat_map(|r| &r[at.clone()]).find(|x| !x.is_finite()) {
-                let what = format!("step {step}: {} holds {x} and is not saved: use a lower --lr or --grad-clip 1", p.name);
+                let what =
+                    format!("step {step}: {} holds {x} and is not saved: use a lower --lr or --grad-clip 1", p.name);
                 return Err(Error::NonFinite(what));
             }
         }
@@ -244,7 +251,11 @@ impl Trainer {
 
     /// Runs the failed step again from the state before it, to find the first operation at fault.
     fn explain_non_finite(&mut self) -> Error {
-        let restored: Result<()> = self.vals.state.iter().zip(&self.buffers.before)
+        let restored: Result<()> = self
+            .vals
+            .state
+            .iter()
+            .zip(&self.buffers.before)
             .try_for_each(|(&(_, v), bytes)| self.device.write(self.id, v, bytes));
         let found = match restored.and_then(|()| self.device.first_non_finite(self.id)) {
             Ok(found) => found,
@@ -288,15 +299,20 @@ fn check_data(config: &Config, data: &Dataset) -> Result<()> {
     let want = [m.image_size, m.image_size, m.in_channels];
     let have = [data.h, data.w, data.c];
     if want != have {
-        return Err(Error::data(&data.source.path, format!("images are {have:?} (height, width, channels), the network takes {want:?}")));
+        return Err(Error::data(
+            &data.source.path,
+            format!("images are {have:?} (height, width, channels), the network takes {want:?}"),
+        ));
     }
     match (m.num_classes, &data.labels) {
-        (Some(_), None) => Err(Error::data(&data.source.path, "no labels, which --class-cond needs: name the files \
-             class_name.png or put each class into a folder")),
-        (Some(n), Some(_)) if data.classes.len() > n => Err(Error::data(
+        (Some(_), None) => Err(Error::data(
             &data.source.path,
-            format!("{} classes, the network has {n}", data.classes.len()),
+            "no labels, which --class-cond needs: name the files \
+             class_name.png or put each class into a folder",
         )),
+        (Some(n), Some(_)) if data.classes.len() > n => {
+            Err(Error::data(&data.source.path, format!("{} classes, the network has {n}", data.classes.len())))
+        }
         _ => Ok(()),
     }
 }

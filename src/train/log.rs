@@ -100,8 +100,10 @@ impl Line {
     pub fn text(&self) -> String {
         let mean = self.meter.mean(None).unwrap_or_default();
         let vb = mean.vb * self.diffusion_steps as f64;
-        format!("loss {:.4}  mse {:.4}  vb {vb:.3} bits/dim  grad {:.3}  {:.1} images/s", mean.loss, mean.mse,
-                self.grad_norm, self.images_per_s)
+        format!(
+            "loss {:.4}  mse {:.4}  vb {vb:.3} bits/dim  grad {:.3}  {:.1} images/s",
+            mean.loss, mean.mse, self.grad_norm, self.images_per_s
+        )
     }
 }
 
@@ -122,7 +124,11 @@ impl Log {
     /// [`Error::Io`] when the file cannot be read or written.
     pub fn open(folder: &Path, done: u64, steps: u64) -> Result<Self> {
         let path = folder.join("log.jsonl");
-        let old = if path.exists() { std::fs::read_to_string(&path).map_err(Error::io(&path, "read"))? } else { String::new() };
+        let old = if path.exists() {
+            std::fs::read_to_string(&path).map_err(Error::io(&path, "read"))?
+        } else {
+            String::new()
+        };
         let step = |line: &str| serde_json::from_str::<Value>(line).ok()?.get("step")?.as_u64();
         let kept: Vec<&str> = old.lines().filter(|l| step(l).is_some_and(|s| s <= done)).collect();
         let mut file = OpenOptions::new().create(true).write(true).truncate(true).open(&path);

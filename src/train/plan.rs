@@ -14,7 +14,6 @@ use crate::ops::grad_norm::GradNorm;
 use crate::ops::hybrid_loss::{HybridLoss, LossVals};
 use crate::ops::q_sample::{Images, Noise, QSample};
 use crate::ops::timestep_dist::TimestepDist;
-use crate::rng;
 use crate::schedule::Process;
 use crate::unet::{self, DropoutRun, ParamVals, Params};
 use std::sync::Arc;
@@ -88,7 +87,8 @@ pub fn record(config: &Config, params: &Params, images: usize) -> Result<(Graph,
     let norm = r.optimiser(params.len);
     let history = r.dist.history.into_iter().flat_map(|h| [("losses", h.losses), ("counts", h.counts)]);
     let state = [("t", r.dist.t), ("loss", terms.loss)].into_iter().chain(history).collect();
-    let vals = TrainVals { control, index, labels, t: r.dist.t, weight: r.dist.weight, terms, norm, process_steps, state };
+    let vals =
+        TrainVals { control, index, labels, t: r.dist.t, weight: r.dist.weight, terms, norm, process_steps, state };
     Ok((r.g, vals))
 }
 
@@ -112,16 +112,15 @@ impl Recorder<'_> {
         g.scope("diffusion");
         let mut rows = |v| g.rows(v, first, n);
         let [index, t, time, weight] = [self.index, self.dist.t, self.dist.time, self.dist.weight].map(&mut rows);
-        let terms =
-            LossVals { loss: rows(self.terms.loss), mse: rows(self.terms.mse), vb: rows(self.terms.vb) };
+        let terms = LossVals { loss: rows(self.terms.loss), mse: rows(self.terms.mse), vb: rows(self.terms.vb) };
         let labels = self.labels.map(&mut rows);
         let first_image = u32::try_from(first).expect("a batch is checked to be below 65,536");
         let (control, flip) = (self.control, self.config.train.flip);
         let images = Images { data: self.data, index, flip, first_image, control };
-        let (x_t, eps) = QSample::record(g, images.clone(), t, Noise::Drawn(rng::op::Q_SAMPLE), self.process.clone());
+        let (x_t, eps) = QSample::record(g, images.clone(), t, Noise::Drawn, self.process.clone());
         let start = g.steps.len();
         let dropout = DropoutRun { p: self.config.model.dropout, first_image, control };
-        let out = unet::record(g, &self.config.model, &self.params, x_t.into(), time, labels, Some(dropout));
+        let out = unet::record(g, &self.config.model, &self.params, x_t.into(), time, labels, Some(dropout)).out;
         let end = g.steps.len();
         g.scope("diffusion");
         let d_out = g.arena("d out", g.shape(out));

@@ -61,11 +61,7 @@ enum End {
 /// # Errors
 /// [`Error::NonFinite`] naming the last good checkpoint, [`Error::Interrupted`] after a signal (all is saved then),
 /// [`Error::Io`] when a file cannot be written.
-pub fn run(
-    t: &mut Trainer,
-    o: &Options,
-    preview: &mut dyn FnMut(&mut Trainer, &Path) -> Result<String>,
-) -> Result<()> {
+pub fn run(t: &mut Trainer, o: &Options, preview: &mut dyn FnMut(&mut Trainer, &Path) -> Result<String>) -> Result<()> {
     let stop = Stop::install()?;
     let steps = t.config.train.steps;
     let mut log = Log::open(&o.out, t.step, steps)?;
