@@ -6,6 +6,12 @@
 //! layers would make some gradients zero.
 
 pub mod ceilings;
+pub mod configs;
+pub mod kernels;
 pub mod load;
 pub mod record;
+pub mod run;
+pub mod sample;
+pub mod startup;
+pub mod step;
 pub mod timing;

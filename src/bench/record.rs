@@ -119,7 +119,8 @@ impl fmt::Display for Table {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}", self.name)?;
         let Some(first) = self.rows.first() else { return Ok(()) };
-        let texts: Vec<Vec<String>> = self.rows.iter().map(|r| r.iter().map(|(_, v)| v.to_string()).collect()).collect();
+        let texts: Vec<Vec<String>> =
+            self.rows.iter().map(|r| r.iter().map(|(_, v)| v.to_string()).collect()).collect();
         let width = |i: usize, name: &str| texts.iter().map(|r| r[i].chars().count()).fold(name.len(), usize::max);
         let widths: Vec<usize> = first.iter().enumerate().map(|(i, (name, _))| width(i, name)).collect();
         let names: Vec<String> = first.iter().map(|(name, _)| name.to_string()).collect();

@@ -57,6 +57,12 @@ impl Timing {
         (self.max - self.min) / self.median
     }
 
+    /// The time of one of the `n` equal parts that a call consisted of.
+    pub fn per(&self, n: usize) -> Self {
+        let n = n as f64;
+        Timing { median: self.median / n, min: self.min / n, max: self.max / n, ..*self }
+    }
+
     fn of(blocks: &[Block], calls: usize) -> Self {
         let quiet: Vec<Block> = blocks.iter().copied().filter(|b| b.foreign.is_none_or(|f| f <= QUIET)).collect();
         let busy = quiet.len() < FEWEST;

@@ -2,6 +2,7 @@
 //!
 //! Long flags may be written with underscores, as the reference has them, and booleans with or without a value.
 
+mod bench;
 pub mod data;
 mod flags;
 
@@ -46,7 +47,11 @@ pub enum DeviceKind {
 }
 
 #[derive(Subcommand, Debug)]
-enum Command {}
+enum Command {
+    /// Measure speed
+    #[command(subcommand)]
+    Bench(bench::BenchCommand),
+}
 
 /// Runs the program with the process's arguments; returns its exit code.
 pub fn main() -> i32 {
@@ -69,7 +74,10 @@ pub fn main() -> i32 {
 }
 
 fn run(cli: Cli) -> Result<()> {
-    match cli.command {}
+    let g = &cli.global;
+    match cli.command {
+        Command::Bench(c) => bench::main(&c, g),
+    }
 }
 
 /// The command line's grammar: what clap derives, with the reference's booleans.
