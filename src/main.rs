@@ -1,3 +1,4 @@
+//! The program: see [`iddpm::cli`].
 fn main() {
     std::process::exit(iddpm::cli::main());
 }

@@ -321,7 +321,10 @@ pub fn check_data(config: &Config, data: &Dataset) -> Result<()> {
 }
 
 /// Refuses a plan that the machine's free memory cannot hold.
-fn check_memory(need: usize) -> Result<()> {
+///
+/// # Errors
+/// [`Error::Device`] naming both sizes.
+pub fn check_memory(need: usize) -> Result<()> {
     let Some(free) = free_memory() else { return Ok(()) };
     if need > free {
         return Err(Error::Device(format!(
