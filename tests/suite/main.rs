@@ -8,4 +8,5 @@ mod floors;
 mod golden;
 mod kernels;
 mod network;
+mod steps;
 mod train;
