@@ -1,1 +1,3 @@
 //! device (being written)
+
+pub mod driver;
