@@ -239,10 +239,11 @@ fn resources(log: &str) -> Vec<Resources> {
 
 /// The Rust text of `ARCHS`, `MODULES` and `RESOURCES`; a spilling kernel is also a warning of the build.
 fn modules(jobs: &[Job], archs: &str) -> String {
-    let mut text = String::from(
-        "/// A fatbin at an address that the driver may read as 16-byte words.\n\
-         #[repr(C)]\nstruct Aligned<const N: usize> {\n    align: [u128; 0],\n    bytes: [u8; N],\n}\n",
-    );
+    let mut text = String::new();
+    if !jobs.is_empty() {
+        text += "/// A fatbin at an address that the driver may read as 16-byte words.\n\
+                 #[repr(C)]\nstruct Aligned<const N: usize> {\n    align: [u128; 0],\n    bytes: [u8; N],\n}\n";
+    }
     let (mut table, mut report) = (String::new(), String::new());
     for j in jobs {
         let found = resources(&fs::read_to_string(j.log()).unwrap());

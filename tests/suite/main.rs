@@ -3,6 +3,7 @@
 mod cli;
 mod data;
 mod diffusion;
+mod driver;
 mod golden;
 mod kernels;
 mod network;
