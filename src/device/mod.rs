@@ -4,6 +4,7 @@
 //! it, and for each plan its inputs, its state and its arena.
 
 pub mod cpu;
+pub mod driver;
 
 use crate::error::Result;
 use crate::graph::{Graph, Region, Val};

@@ -4,6 +4,7 @@ mod cli;
 mod data;
 mod device;
 mod diffusion;
+mod driver;
 mod floors;
 mod golden;
 mod kernels;
