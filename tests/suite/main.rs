@@ -1,6 +1,8 @@
 //! Every integration test, in one binary.
 
 mod cli;
+#[cfg(feature = "emulator")]
+mod cuda_ops;
 mod data;
 mod device;
 mod diffusion;
