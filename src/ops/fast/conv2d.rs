@@ -7,7 +7,7 @@
 use super::axis::{Axis, AxisTap, Phase};
 use super::parallel::{ALIGN, Disjoint, aligned, for_each_job, jobs_for, part};
 use super::simd::{Isa, Kernel, Vector};
-use super::tile::{MAX_ROWS, MAX_WIDTH, RowPointers, Tile, block_width, rows_product};
+use super::tile::{MAX_ROWS, MAX_WIDTH, RowPointers, Target, Tile, block_width, rows_product};
 use crate::ops::conv2d::ConvShape;
 use crate::ops::view::{Cat, Rows};
 
@@ -310,7 +310,8 @@ impl Kernel for Job<'_> {
                     // SAFETY: the pointers reach `lengths` values each (`point`), and the block holds all taps.
                     unsafe {
                         let right = self.packed.as_ptr().add(conv.packed_at::<V>(&phase, first, 0));
-                        rows_product::<V>(&mut tile, (count, width / V::LANES), segments, lengths, right);
+                        let target = Target { start: tile.0.as_mut_ptr(), pitch: width };
+                        rows_product::<V>(target, (count, width / V::LANES), segments, lengths, right);
                     }
                     // SAFETY: these pixels and channels are this job's.
                     unsafe { conv.epilogue.store::<V>(&tile, &at, count, first, width) };

@@ -212,6 +212,10 @@ impl Vector for F32x4 {
     }
     #[inline(always)]
     unsafe fn load_first(p: *const f32, n: usize) -> Self {
+        if n == 4 {
+            // SAFETY: the caller's promise.
+            return unsafe { Self::load(p) };
+        }
         let mut lanes = [0.0; 4];
         for (i, lane) in lanes.iter_mut().enumerate().take(n) {
             // SAFETY: the caller's promise, i < n.
@@ -221,6 +225,10 @@ impl Vector for F32x4 {
     }
     #[inline(always)]
     unsafe fn store_first(self, p: *mut f32, n: usize) {
+        if n == 4 {
+            // SAFETY: the caller's promise.
+            return unsafe { self.store(p) };
+        }
         for (i, lane) in self.0.into_iter().enumerate().take(n) {
             // SAFETY: the caller's promise, i < n.
             unsafe { *p.add(i) = lane };
