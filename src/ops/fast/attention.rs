@@ -3,8 +3,9 @@
 //! The backward recomputes `p = exp(score − lse)` for blocks of queries; dk and dv are summed block by block where they
 //! belong, in dqkv.
 
+use super::isa::{Isa, Kernel};
 use super::parallel::{ALIGN, Disjoint, aligned, for_each_job, part};
-use super::simd::{Isa, Kernel, Vector};
+use super::simd::Vector;
 use super::tile::{MAX_ROWS, MAX_WIDTH, RowPointers, Target, Terms, Tile, block_width, outer_product, rows_product};
 use crate::ops::attention::AttentionShape;
 
