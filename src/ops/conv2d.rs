@@ -78,7 +78,8 @@ impl ConvShape {
         assert!(self.k == 1 || self.k == 3, "conv2d: kernel size {} is neither 1 nor 3", self.k);
         assert!(self.stride == 1 || self.stride == 2, "conv2d: stride {} is neither 1 nor 2", self.stride);
         assert!(!self.upsample || (self.k == 3 && self.stride == 1), "conv2d: upsampling needs a 3x3 of stride 1");
-        assert!(self.h > 0 && self.w > 0 && self.ca > 0 && self.oc > 0, "conv2d: a size is 0 in {self:?}");
+        let sizes = [self.n, self.h, self.w, self.ca, self.oc];
+        assert!(sizes.iter().all(|&size| size > 0), "conv2d: a size is 0 in {self:?}");
     }
 
     /// Pixel of the input under tap (`kh`, `kw`) of output pixel (`oy`, `ox`) of image `n`; none in the padding.
