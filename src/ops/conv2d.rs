@@ -366,12 +366,12 @@ impl Operation for Conv2dBackwardWeight {
         Cost::of(self, g, self.shape.flops())
     }
     fn scratch(&self, _g: &Graph) -> usize {
-        fast::conv2d_weight::backward_weight_scratch(&self.shape)
+        fast::conv2d::backward_weight_scratch(&self.shape)
     }
     fn run_cpu(&self, m: &Views) {
         let (db, dshift) = (self.db.map(|v| m.f32_mut(v)), self.dshift.map(|(v, col)| m.rows_mut(v, col)));
         let (dy, x) = (m.f32(self.dy), m.cat(self.x));
         let dw = m.f32_mut(self.dw);
-        fast::conv2d_weight::backward_weight(m.isa(), dw, db, dshift, dy, x, self.accumulate, &self.shape, m.scratch());
+        fast::conv2d::backward_weight(m.isa(), dw, db, dshift, dy, x, self.accumulate, &self.shape, m.scratch());
     }
 }
