@@ -1,5 +1,4 @@
 //! The program: see [`iddpm::cli`].
-
 fn main() {
-    std::process::exit(iddpm::cli::main())
+    std::process::exit(iddpm::cli::main());
 }
