@@ -2,6 +2,7 @@
 //!
 //! Long flags may be written with underscores, as the reference has them, and booleans with or without a value.
 
+pub mod data;
 mod flags;
 
 use crate::error::Result;

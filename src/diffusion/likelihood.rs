@@ -33,16 +33,15 @@ pub fn normal_kl_d_first(mean1: f64, log1: f64, mean2: f64, log2: f64) -> (f64, 
 const SQRT_2_OVER_PI: f64 = std::f64::consts::FRAC_2_SQRT_PI * std::f64::consts::FRAC_1_SQRT_2;
 const CUBIC: f64 = 0.044_715;
 
-/// The reference's normal cdf: `½(1 + tanh(sqrt(2/π)(x + 0.044715 x³)))`, with its derivative.
+/// The reference's normal cdf: `½(1 + tanh u) = 1/(1 + exp(-2u))`, `u = sqrt(2/π)(x + 0.044715 x³)`; with its derivative.
 #[inline]
 pub fn normal_cdf(x: f64) -> (f64, f64) {
     let squared = x * x;
-    let tanh = (SQRT_2_OVER_PI * (x + CUBIC * squared * x)).tanh();
-    let sech_squared = 1.0 - tanh * tanh;
-    // Far out tanh is ±1 exactly; there 0·x² must not become NaN when x² overflows.
-    let slope =
-        if sech_squared == 0.0 { 0.0 } else { 0.5 * sech_squared * SQRT_2_OVER_PI * (1.0 + 3.0 * CUBIC * squared) };
-    (0.5 * (1.0 + tanh), slope)
+    let cdf = 1.0 / (1.0 + (-2.0 * SQRT_2_OVER_PI * (x + CUBIC * squared * x)).exp());
+    let bell = cdf * (1.0 - cdf);
+    // Far out the bell is 0 exactly; there 0·x² must not become NaN when x² overflows.
+    let slope = if bell == 0.0 { 0.0 } else { 2.0 * SQRT_2_OVER_PI * bell * (1.0 + 3.0 * CUBIC * squared) };
+    (cdf, slope)
 }
 
 /// Below this no probability goes before its logarithm is taken; the derivative is 0 there.

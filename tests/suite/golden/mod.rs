@@ -19,8 +19,11 @@ use std::path::{Path, PathBuf};
 
 use vectors::{Folder, VectorFile};
 
+/// Compares everything one file holds.
+type Check = fn(&VectorFile);
+
 /// Every kind of vector file, by the start of its name, and the check of its whole content.
-const KINDS: &[(&str, fn(&VectorFile))] = &[
+const KINDS: &[(&str, Check)] = &[
     ("01_schedules", schedules::schedules),
     ("02_respacing", schedules::respacing),
     ("03_gaussian", gaussian::check),
@@ -57,6 +60,11 @@ const CARRIED: &[&str] = &[
     "06_samplers",
     "07_bpd",
     "08_timestep_samplers",
+    "09_layers",
+    "09_resblocks",
+    "09_attention",
+    "10_unet_",
+    "10_adamw_ema",
     "12_image_codes",
 ];
 
@@ -129,5 +137,99 @@ fn the_crate_carries_its_vectors() {
     let folder = Folder::open(&carried_folder());
     for kind in CARRIED {
         assert!(folder.vector_files().any(|name| name.starts_with(kind)), "tests/golden holds no {kind} file");
+    }
+}
+
+/// Copies of a small file with one thing wrong each: what must not pass does not.
+mod planted_faults {
+    use std::fs;
+    use std::panic::catch_unwind;
+
+    use super::*;
+
+    const NAME: &str = "12_image_codes.safetensors";
+
+    /// Runs `check` on a copy of one file of the crate's folder after `spoil(bytes, index)`; the message of its panic.
+    fn failure(spoil: impl Fn(&mut Vec<u8>, &mut serde_json::Value), check: Check) -> String {
+        let temporary = tempfile::tempdir().unwrap();
+        let mut bytes = fs::read(carried_folder().join(NAME)).unwrap();
+        let text = fs::read_to_string(carried_folder().join("index.json")).unwrap().replace("Infinity", "null");
+        let mut index: serde_json::Value = serde_json::from_str(&text).unwrap();
+        index["files"].as_array_mut().unwrap().retain(|file| file["file"] == NAME);
+        spoil(&mut bytes, &mut index);
+        fs::write(temporary.path().join(NAME), &bytes).unwrap();
+        fs::write(temporary.path().join("index.json"), index.to_string()).unwrap();
+        let path = temporary.path().to_path_buf();
+        let run = catch_unwind(move || {
+            let file = Folder::open(&path).load(NAME);
+            check(&file);
+            file.finish();
+        });
+        match run {
+            Ok(()) => String::new(),
+            Err(panic) => panic.downcast_ref::<String>().cloned().expect("a message"),
+        }
+    }
+
+    #[test]
+    fn the_copy_itself_passes() {
+        assert_eq!(failure(|_, _| (), codes::check), "");
+    }
+
+    #[test]
+    fn a_changed_number_is_found_and_named() {
+        // The last byte of the file belongs to the last tensor.
+        let text = failure(|bytes, _| *bytes.last_mut().unwrap() ^= 1, codes::check);
+        for part in [NAME, "1 of", "got", "expected", "tolerance"] {
+            assert!(text.contains(part), "{text}");
+        }
+    }
+
+    #[test]
+    fn an_unchecked_result_is_found() {
+        assert!(failure(|_, _| (), |_| ()).contains("levels/back: no check compares it"));
+    }
+
+    #[test]
+    fn a_wrong_length_is_found() {
+        let text = failure(|_, _| (), |file| file.compare("levels/x", &[1.0]));
+        assert!(text.contains("levels/x: 1 elements, expected 256"), "{text}");
+    }
+
+    #[test]
+    fn a_file_without_an_entry_is_refused() {
+        let text = failure(|_, index| index["files"] = serde_json::json!([]), codes::check);
+        assert!(text.contains("no entry in index.json"), "{text}");
+    }
+
+    #[test]
+    fn a_tensor_without_an_entry_is_refused() {
+        let text = failure(|_, index| drop(index["files"][0]["tensors"].as_array_mut().unwrap().pop()), codes::check);
+        assert!(text.contains("has no entry"), "{text}");
+    }
+
+    #[test]
+    fn a_tensor_that_is_missing_or_of_another_shape_is_refused() {
+        let text =
+            failure(|_, index| index["files"][0]["tensors"][0]["shape"] = serde_json::json!([2, 128]), codes::check);
+        assert!(text.contains("the index says float32 [2, 128]"), "{text}");
+        let renamed = |_: &mut Vec<u8>, index: &mut serde_json::Value| {
+            let tensors = index["files"][0]["tensors"].as_array_mut().unwrap();
+            let mut another = tensors[0].clone();
+            another["name"] = "another".into();
+            tensors.push(another);
+        };
+        assert!(failure(renamed, codes::check).contains("tensor another of index.json is not in the file"));
+    }
+
+    #[test]
+    fn an_unknown_tolerance_or_role_is_refused() {
+        let text = failure(
+            |_, index| index["files"][0]["tensors"][0]["tol"] = serde_json::json!({"mode": "loose"}),
+            codes::check,
+        );
+        assert!(text.contains("unknown tolerance"), "{text}");
+        let text = failure(|_, index| index["files"][0]["tensors"][0]["role"] = "hint".into(), codes::check);
+        assert!(text.contains("unknown role hint"), "{text}");
     }
 }

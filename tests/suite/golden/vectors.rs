@@ -222,11 +222,12 @@ impl VectorFile {
             return self.fail(format!("{name}: {} elements, expected {}", got.len(), expected.values.len()));
         }
         let (_, zero, tolerance) = &self.specs[name];
+        let tolerance = self.tolerance(name, tolerance, expected);
         let mut worst: Option<(f64, usize, f64)> = None;
         let mut wrong = 0;
         for (i, (&g, &e)) in got.iter().zip(&expected.values).enumerate() {
             let e = if *zero { 0.0 } else { e };
-            let Some(allowed) = self.allowed(name, tolerance, expected, i, e) else { continue };
+            let Some(allowed) = tolerance.at(i, e) else { continue };
             let same = g == e || (g.is_nan() && e.is_nan());
             let error = (g - e).abs();
             if same || error <= allowed {
@@ -249,26 +250,23 @@ impl VectorFile {
         }
     }
 
-    /// Largest allowed difference of element `i` with expected value `e`; none where a mask says it is not comparable.
-    fn allowed(&self, name: &str, tolerance: &Value, expected: &Tensor, i: usize, e: f64) -> Option<f64> {
-        let number = |key: &str| tolerance[key].as_f64();
-        let need = |value: Option<f64>| {
-            value.unwrap_or_else(|| panic!("{}: {name}: unknown tolerance {tolerance}", self.path.display()))
+    /// What the index allows tensor `name`.
+    fn tolerance<'a>(&'a self, name: &str, stated: &Value, expected: &Tensor) -> Tolerance<'a> {
+        let number = |value: &Value| {
+            value.as_f64().unwrap_or_else(|| panic!("{}: {name}: unknown tolerance {stated}", self.path.display()))
         };
-        match tolerance["mode"].as_str() {
-            Some("exact") => Some(0.0),
-            Some("abs") => Some(need(number("atol"))),
+        let tensor = |key: &str| self.get(stated[key].as_str().unwrap_or_default()).values.as_slice();
+        match stated["mode"].as_str() {
+            Some("exact") => Tolerance::Relative(0.0, 0.0),
+            Some("abs") => Tolerance::Relative(0.0, number(&stated["atol"])),
             Some("axis0") => {
-                let row = i / (expected.values.len() / expected.shape[0]);
-                Some(need(tolerance["atol"][row].as_f64()))
+                let rows = (0..expected.shape[0]).map(|row| number(&stated["atol"][row])).collect();
+                Tolerance::Rows(rows, expected.values.len() / expected.shape[0])
             }
-            Some("rel") => Some(need(number("rtol")) * e.abs() + number("atol").unwrap_or(0.0)),
-            Some("elementwise") => Some(self.get(tolerance["tensor"].as_str().unwrap_or_default()).values[i]),
-            Some("masked") => {
-                let mask = self.get(tolerance["mask"].as_str().unwrap_or_default());
-                (mask.values[i] != 0.0).then(|| need(number("rtol")) * e.abs() + need(number("atol")))
-            }
-            _ => need(None).into(),
+            Some("rel") => Tolerance::Relative(number(&stated["rtol"]), stated["atol"].as_f64().unwrap_or(0.0)),
+            Some("elementwise") => Tolerance::Each(tensor("tensor")),
+            Some("masked") => Tolerance::Masked(tensor("mask"), number(&stated["rtol"]), number(&stated["atol"])),
+            _ => panic!("{}: {name}: unknown tolerance {stated}", self.path.display()),
         }
     }
 
@@ -287,6 +285,31 @@ impl VectorFile {
         }
         let shown = 30.min(failures.len());
         assert!(failures.is_empty(), "{} failures, of which:\n{}", failures.len(), failures[..shown].join("\n"));
+    }
+}
+
+/// Largest allowed difference of each element of a tensor.
+enum Tolerance<'a> {
+    /// `rtol |e| + atol`.
+    Relative(f64, f64),
+    /// One absolute value for each row of so many elements.
+    Rows(Vec<f64>, usize),
+    /// One absolute value for each element.
+    Each(&'a [f64]),
+    /// `rtol |e| + atol` where the mask is not 0, nothing elsewhere.
+    Masked(&'a [f64], f64, f64),
+}
+
+impl Tolerance<'_> {
+    /// For element `i` with expected value `e`; none where it is not comparable. An infinite `e` allows no difference.
+    fn at(&self, i: usize, e: f64) -> Option<f64> {
+        let size = if e.is_finite() { e.abs() } else { 0.0 };
+        match self {
+            Tolerance::Relative(rtol, atol) => Some(rtol * size + atol),
+            Tolerance::Rows(rows, length) => Some(rows[i / length]),
+            Tolerance::Each(each) => Some(each[i]),
+            Tolerance::Masked(mask, rtol, atol) => (mask[i] != 0.0).then(|| rtol * size + atol),
+        }
     }
 }
 
