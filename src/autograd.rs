@@ -23,41 +23,59 @@ use std::ops::Range;
 ///
 /// Returns the gradient of each wanted value, where there is one.
 pub fn backward(g: &mut Graph, steps: Range<usize>, out: Val, dout: Val, wanted: &[Val]) -> Vec<Option<Val>> {
-    assert_eq!(g.shape(out), g.shape(dout), "the gradient of {} has another shape", g[out].name);
-    let needed = needed(g, steps.clone(), wanted);
-    let mut tape = Tape { g, needed, contributions: HashMap::from([(out, vec![dout])]) };
-    for i in steps.rev() {
-        let step = tape.g.steps[i].clone();
-        tape.g.scope(step.scope);
-        tape.step(step.op);
-    }
+    let mut tape = Tape::new(g, wanted);
+    tape.need(steps.clone());
+    tape.start(out, dout);
+    tape.walk(steps);
     wanted.iter().map(|&v| tape.gradient(v)).collect()
 }
 
-/// Values whose gradient is needed: the wanted ones, parameters, and all that is computed from them.
-fn needed(g: &Graph, steps: Range<usize>, wanted: &[Val]) -> HashSet<Val> {
-    let mut needed: HashSet<Val> = wanted.iter().copied().collect();
-    for step in &g.steps[steps] {
-        if step.op.inputs().iter().any(|&v| g.is_param(v) || needed.contains(&v)) {
-            needed.extend(step.op.outputs());
-        }
-    }
-    needed
-}
-
-struct Tape<'g> {
-    g: &'g mut Graph,
+/// Gradients on their way back; [`backward`] is the plain use of it.
+pub struct Tape<'g> {
+    /// The plan that steps are appended to.
+    pub g: &'g mut Graph,
     needed: HashSet<Val>,
     contributions: HashMap<Val, Vec<Val>>,
 }
 
-impl Tape<'_> {
+impl<'g> Tape<'g> {
+    /// A tape that also keeps the gradients of `wanted`.
+    pub fn new(g: &'g mut Graph, wanted: &[Val]) -> Self {
+        Tape { g, needed: wanted.iter().copied().collect(), contributions: HashMap::new() }
+    }
+
+    /// Notes which results of `steps` need a gradient: those computed from parameters and from values that need one.
+    pub fn need(&mut self, steps: Range<usize>) {
+        for step in &self.g.steps[steps] {
+            if step.op.inputs().iter().any(|&v| self.g.is_param(v) || self.needed.contains(&v)) {
+                self.needed.extend(step.op.outputs());
+            }
+        }
+    }
+
+    /// `dout` is a gradient of `out`.
+    pub fn start(&mut self, out: Val, dout: Val) {
+        assert_eq!(self.g.shape(out), self.g.shape(dout), "the gradient of {} has another shape", self.g[out].name);
+        self.contributions.entry(out).or_default().push(dout);
+    }
+
+    /// Appends the gradients of `steps`, last first.
+    pub fn walk(&mut self, steps: Range<usize>) {
+        for i in steps.rev() {
+            let step = self.g.steps[i].clone();
+            self.g.scope(step.scope);
+            self.step(step.op);
+        }
+    }
+
     /// Takes the sum of what has been contributed to the gradient of `v`.
-    fn gradient(&mut self, v: Val) -> Option<Val> {
+    pub fn gradient(&mut self, v: Val) -> Option<Val> {
         let list = self.contributions.remove(&v)?;
         list.into_iter().reduce(|a, b| Add::record(self.g, a, b))
     }
+}
 
+impl Tape<'_> {
     /// Contributes `dv` to the gradient of `v`.
     fn give(&mut self, v: Val, dv: Val) {
         if self.needed.contains(&v) {

@@ -32,7 +32,7 @@ impl Batches {
         for i in 0..self.batch {
             let epoch = self.position / self.n as u64;
             if self.epoch != Some(epoch) {
-                self.order = rng::permutation(self.n, self.seed, epoch);
+                self.order = rng::permutation(self.n, self.seed, epoch as u32);
                 self.epoch = Some(epoch);
             }
             self.indices[i] = self.order[(self.position % self.n as u64) as usize];

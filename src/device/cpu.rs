@@ -3,6 +3,7 @@
 use super::{Plan, PlanId, Weights};
 use crate::error::{Error, Result};
 use crate::graph::{DType, Place, Region, Val};
+use crate::ops::fast::Isa;
 use crate::ops::{Operation, Views};
 use std::time::Instant;
 
@@ -52,6 +53,7 @@ struct Bound {
 /// See the module.
 pub struct Cpu {
     pool: rayon::ThreadPool,
+    isa: Isa,
     model: [Buffer; Region::ALL.len()],
     plans: Vec<Bound>,
 }
@@ -70,7 +72,7 @@ impl Cpu {
             .thread_name(|i| format!("iddpm-{i}"))
             .build()
             .map_err(|e| Error::Device(format!("cannot start {threads} threads: {e}; try --threads 1")))?;
-        Ok(Cpu { pool, model: Default::default(), plans: Vec::new() })
+        Ok(Cpu { pool, isa: Isa::detect(), model: Default::default(), plans: Vec::new() })
     }
 
     /// Number of threads.
@@ -210,12 +212,12 @@ impl Cpu {
         struct Sendable<'a>(&'a Bound);
         // SAFETY: `install` blocks, and `&mut self` keeps everybody else away.
         unsafe impl Send for Sendable<'_> {}
-        let bound = Sendable(&self.plans[id.0]);
+        let (bound, isa) = (Sendable(&self.plans[id.0]), self.isa);
         self.pool.install(move || {
             let Sendable(b) = { bound };
             for (i, step) in b.plan.graph.steps.iter().enumerate() {
                 // SAFETY: addresses lie in buffers sized by `bind`, aligned to 64; `check_disjoint` holds.
-                let views = unsafe { Views::new(&b.plan.graph, &b.address, b.scratch[i]) };
+                let views = unsafe { Views::new(&b.plan.graph, &b.address, b.scratch[i], isa) };
                 f(i, &step.op, &views);
             }
         });

@@ -178,7 +178,7 @@ impl Operation for Attention {
     }
     fn run_cpu(&self, m: &Views) {
         let (out, lse) = (m.f32_mut(self.out), m.f32_mut(self.lse));
-        fast::attention::forward(out, lse, m.f32(self.qkv), &self.shape, m.scratch());
+        fast::attention::forward(m.isa(), out, lse, m.f32(self.qkv), &self.shape, m.scratch());
     }
 }
 
@@ -198,6 +198,6 @@ impl Operation for AttentionBackward {
     }
     fn run_cpu(&self, m: &Views) {
         let (dout, qkv, out, lse) = (m.f32(self.dout), m.f32(self.qkv), m.f32(self.out), m.f32(self.lse));
-        fast::attention::backward(m.f32_mut(self.dqkv), dout, qkv, out, lse, &self.shape, m.scratch());
+        fast::attention::backward(m.isa(), m.f32_mut(self.dqkv), dout, qkv, out, lse, &self.shape, m.scratch());
     }
 }

@@ -329,7 +329,7 @@ impl Operation for Conv2d {
         let (b, residual) = (self.b.map(|b| m.f32(b)), self.residual.map(|r| Cat::single(m.f32(r), self.shape.oc)));
         let shift = self.shift.map(|(v, col)| m.rows(v, col));
         let (x, w) = (m.cat(self.x), m.f32(self.w));
-        fast::conv2d::forward(m.f32_mut(self.y), x, w, b, shift, residual, &self.shape, m.scratch());
+        fast::conv2d::forward(m.isa(), m.f32_mut(self.y), x, w, b, shift, residual, &self.shape, m.scratch());
     }
 }
 
@@ -350,7 +350,7 @@ impl Operation for Conv2dBackwardData {
         let dxb: &mut [f32] = self.dx.b.map_or(&mut [], |v| m.f32_mut(v));
         let [add_a, add_b] = self.add.map(|v| v.map(|v| m.f32(v)));
         let (dxa, dy, w) = (m.f32_mut(self.dx.a), m.f32(self.dy), m.f32(self.w));
-        fast::conv2d::backward_data(dxa, dxb, dy, w, add_a, add_b, &self.shape, m.scratch());
+        fast::conv2d::backward_data(m.isa(), dxa, dxb, dy, w, add_a, add_b, &self.shape, m.scratch());
     }
 }
 
@@ -365,12 +365,12 @@ impl Operation for Conv2dBackwardWeight {
         Cost::of(self, g, self.shape.flops())
     }
     fn scratch(&self, _g: &Graph) -> usize {
-        fast::conv2d::backward_weight_scratch(&self.shape)
+        fast::conv2d_weight::backward_weight_scratch(&self.shape)
     }
     fn run_cpu(&self, m: &Views) {
         let (db, dshift) = (self.db.map(|v| m.f32_mut(v)), self.dshift.map(|(v, col)| m.rows_mut(v, col)));
         let (dy, x) = (m.f32(self.dy), m.cat(self.x));
         let dw = m.f32_mut(self.dw);
-        fast::conv2d::backward_weight(dw, db, dshift, dy, x, self.accumulate, &self.shape, m.scratch());
+        fast::conv2d_weight::backward_weight(m.isa(), dw, db, dshift, dy, x, self.accumulate, &self.shape, m.scratch());
     }
 }

@@ -374,7 +374,18 @@ impl Operation for GroupNorm {
         let (y, mean, rstd) = (m.f32_mut(self.y), m.f32_mut(self.mean), m.f32_mut(self.rstd));
         let (gamma, beta) = (m.f32(self.gamma), m.f32(self.beta));
         let rows = self.scale_shift.map(|(v, col)| m.rows(v, col));
-        fast::group_norm::forward(y, mean, rstd, m.cat(self.x), gamma, beta, rows, &self.shape(m), m.scratch());
+        fast::group_norm::forward(
+            m.isa(),
+            y,
+            mean,
+            rstd,
+            m.cat(self.x),
+            gamma,
+            beta,
+            rows,
+            &self.shape(m),
+            m.scratch(),
+        );
     }
 }
 
@@ -398,6 +409,7 @@ impl Operation for GroupNormBackward {
         let dxb: &mut [f32] = self.dx.b.map_or(&mut [], |v| m.f32_mut(v));
         let [add_a, add_b] = self.add.map(|v| v.map(|v| m.f32(v)));
         fast::group_norm::backward(
+            m.isa(),
             m.f32_mut(self.dx.a),
             dxb,
             m.f32_mut(self.dgamma),

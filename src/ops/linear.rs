@@ -118,9 +118,14 @@ impl Operation for Linear {
     fn cost(&self, g: &Graph) -> Cost {
         Cost::of(self, g, flops(sizes(g, self.x, self.w)))
     }
+    fn scratch(&self, g: &Graph) -> usize {
+        let (n, c, oc) = sizes(g, self.x, self.w);
+        fast::linear::forward_scratch(n, c, oc)
+    }
     fn run_cpu(&self, m: &Views) {
         let (n, c, oc) = sizes(m.graph(), self.x, self.w);
-        fast::linear::forward(m.f32_mut(self.y), m.f32(self.x), m.f32(self.w), m.f32(self.b), n, c, oc);
+        let (x, w, b) = (m.f32(self.x), m.f32(self.w), m.f32(self.b));
+        fast::linear::forward(m.isa(), m.f32_mut(self.y), x, w, b, n, c, oc, m.scratch());
     }
 }
 
@@ -134,10 +139,24 @@ impl Operation for LinearBackwardData {
     fn cost(&self, g: &Graph) -> Cost {
         Cost::of(self, g, flops(sizes(g, self.dx, self.w)))
     }
+    fn scratch(&self, g: &Graph) -> usize {
+        let (n, c, oc) = sizes(g, self.dx, self.w);
+        fast::linear::backward_data_scratch(n, c, oc)
+    }
     fn run_cpu(&self, m: &Views) {
         let (n, c, oc) = sizes(m.graph(), self.dx, self.w);
         let add = self.add.map(|v| m.f32(v));
-        fast::linear::backward_data(m.f32_mut(self.dx), m.f32(self.dy), m.f32(self.w), add, n, c, oc);
+        fast::linear::backward_data(
+            m.isa(),
+            m.f32_mut(self.dx),
+            m.f32(self.dy),
+            m.f32(self.w),
+            add,
+            n,
+            c,
+            oc,
+            m.scratch(),
+        );
     }
 }
 
@@ -151,9 +170,24 @@ impl Operation for LinearBackwardWeight {
     fn cost(&self, g: &Graph) -> Cost {
         Cost::of(self, g, flops(sizes(g, self.x, self.dw)))
     }
+    fn scratch(&self, g: &Graph) -> usize {
+        let (n, c, oc) = sizes(g, self.x, self.dw);
+        fast::linear::backward_weight_scratch(n, c, oc)
+    }
     fn run_cpu(&self, m: &Views) {
         let (n, c, oc) = sizes(m.graph(), self.x, self.dw);
         let (dw, db) = (m.f32_mut(self.dw), m.f32_mut(self.db));
-        fast::linear::backward_weight(dw, db, m.f32(self.dy), m.f32(self.x), self.accumulate, n, c, oc);
+        fast::linear::backward_weight(
+            m.isa(),
+            dw,
+            db,
+            m.f32(self.dy),
+            m.f32(self.x),
+            self.accumulate,
+            n,
+            c,
+            oc,
+            m.scratch(),
+        );
     }
 }

@@ -179,6 +179,7 @@ pub struct Views<'a> {
     /// Address of each value.
     address: &'a [*mut u8],
     scratch: (*mut u8, usize),
+    isa: fast::Isa,
     taken: Cell<bool>,
     life: PhantomData<&'a mut [u8]>,
 }
@@ -190,13 +191,18 @@ impl<'a> Views<'a> {
     /// Every address must be aligned and valid for the value's bytes for `'a`, with no other reference to them. The
     /// outputs of the step must not overlap each other, its inputs or the scratch space (the device checks this when
     /// it binds a plan), and the op asks mutably for outputs only, each once.
-    pub unsafe fn new(graph: &'a Graph, address: &'a [*mut u8], scratch: (*mut u8, usize)) -> Self {
-        Views { graph, address, scratch, taken: Cell::new(false), life: PhantomData }
+    pub unsafe fn new(graph: &'a Graph, address: &'a [*mut u8], scratch: (*mut u8, usize), isa: fast::Isa) -> Self {
+        Views { graph, address, scratch, isa, taken: Cell::new(false), life: PhantomData }
     }
 
     /// The plan.
     pub fn graph(&self) -> &'a Graph {
         self.graph
+    }
+
+    /// The instruction set of the fast twins.
+    pub fn isa(&self) -> fast::Isa {
+        self.isa
     }
 
     /// Elements of `v` to read.

@@ -84,6 +84,10 @@ struct Probe {
 
 impl Probe {
     fn new(config: &ModelConfig, n: usize, reuse: bool) -> Self {
+        Self::with(config, n, reuse, false)
+    }
+
+    fn with(config: &ModelConfig, n: usize, reuse: bool, recompute: bool) -> Self {
         let params = Params::new(config);
         let mut g = Graph::new();
         let vals = params.declare(&mut g);
@@ -93,10 +97,16 @@ impl Probe {
         let control = g.fixed("control", Shape::rows(1, 16), DType::I32, Region::Inputs);
         let labels = config.num_classes.map(|_| g.fixed("y", Shape::rows(n, 1), DType::I32, Region::Inputs));
         let dropout = Some(DropoutRun { p: config.dropout, first_image: 0, control });
-        let out = unet::record(&mut g, config, &vals, x.into(), t, labels, dropout).out;
-        let (steps, shape) = (g.steps.len(), g.shape(out));
+        let net = unet::record(&mut g, config, &vals, x.into(), t, labels, dropout);
+        let (out, steps) = (net.out, g.steps.len());
+        let shape = g.shape(out);
         let dout = g.fixed("cotangent", shape, DType::F32, Region::Inputs);
-        let dx = autograd::backward(&mut g, 0..steps, out, dout, &[x])[0].unwrap();
+        let dx = if recompute {
+            unet::backward_with_recompute(&mut g, &vals, &net, dropout, 0..steps, dout);
+            out
+        } else {
+            autograd::backward(&mut g, 0..steps, out, dout, &[x])[0].unwrap()
+        };
         g.keep(out);
         g.keep(dx);
         let mut device = device();
@@ -207,6 +217,18 @@ fn memory_reuse_changes_no_bit_and_saves_memory() {
         assert_eq!(a.read(a.dx), b.read(b.dx));
         let (with, without) = (a.device.plan(a.id).layout.bytes, b.device.plan(b.id).layout.bytes);
         assert!(with * 3 < without * 2, "reuse needs {with} of {without} bytes");
+    }
+}
+
+#[test]
+fn recomputing_blocks_changes_no_bit_and_saves_memory() {
+    for config in [tiny(), tiny_other()] {
+        let (mut a, mut b) = (Probe::with(&config, 3, true, false), Probe::with(&config, 3, true, true));
+        let flat = weights(&a.params, 7);
+        assert_eq!(a.scalar(&flat).to_bits(), b.scalar(&flat).to_bits());
+        assert_eq!(bytemuck::cast_slice::<f32, u32>(&a.grads()), bytemuck::cast_slice::<f32, u32>(&b.grads()));
+        let (kept, recomputed) = (a.device.plan(a.id).layout.bytes, b.device.plan(b.id).layout.bytes);
+        assert!(recomputed < kept, "recomputing needs {recomputed} bytes, keeping {kept}");
     }
 }
 

@@ -102,7 +102,11 @@ fn npz_round_trip() {
 fn npz_of_numpy() {
     for name in ["resized.npz", "decoded.npz"] {
         let arrays = npz::read(&fixture(name)).unwrap();
-        assert!(arrays.iter().all(|(_, a)| matches!(&a.values, Values::U8(v) if v.len() == a.shape.iter().product())));
+        assert!(
+            arrays
+                .iter()
+                .all(|(_, a)| matches!(&a.values, Values::U8(v) if v.len() == a.shape.iter().product::<usize>()))
+        );
     }
 }
 

@@ -249,7 +249,7 @@ fn resampling(file: &VectorFile, name: &str, case: &Value) {
     let mut p = Piece::new(file, name, layer_params(&layer));
     let x = p.image("in.x");
     let projected = x;
-    let mut r = Recorder { g: &mut p.g, params: &p.vals, projected, dropout: None };
+    let mut r = Recorder::new(&mut p.g, &p.vals, projected, None);
     let y = r.layer("m", &layer, x.into());
     p.check(y);
 }
@@ -272,7 +272,7 @@ pub fn resblocks(file: &VectorFile) {
         let emb = p.tensor("in.emb");
         let emb = p.input("in.emb", Shape::rows(emb.shape[0], emb.shape[1]), emb.f32s());
         let projected = unet::project(&mut p.g, &p.vals, emb);
-        let mut r = Recorder { g: &mut p.g, params: &p.vals, projected, dropout: None };
+        let mut r = Recorder::new(&mut p.g, &p.vals, projected, None);
         let y = r.layer("m", &layer, x.into());
         p.check(y);
     }
@@ -288,7 +288,7 @@ pub fn attention(file: &VectorFile) {
         let layer = Layer::Attention { c: number(case, "channels"), heads: number(case, "heads") };
         let mut p = Piece::new(file, name, layer_params(&layer));
         let x = p.image("in.x");
-        let mut r = Recorder { g: &mut p.g, params: &p.vals, projected: x, dropout: None };
+        let mut r = Recorder::new(&mut p.g, &p.vals, x, None);
         let y = r.layer("m", &layer, x.into());
         p.check(y);
     }
