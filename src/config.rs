@@ -233,6 +233,12 @@ impl TrainConfig {
 pub struct DataConfig {
     /// Path of the images, or the name of a built-in set.
     pub source: String,
+    /// Where the labels came from, as the flag spells it.
+    pub labels: String,
+    /// Which part of the set, as the flag spells it.
+    pub split: String,
+    /// Largest number of images taken from it.
+    pub limit: Option<usize>,
     /// Number of images.
     pub images: usize,
     /// Names of the classes in the order of their labels; empty without labels.

@@ -294,7 +294,10 @@ impl Buffers {
 }
 
 /// The images have the size, the channels and the labels that the network was configured for.
-fn check_data(config: &Config, data: &Dataset) -> Result<()> {
+///
+/// # Errors
+/// [`Error::Data`] naming both.
+pub fn check_data(config: &Config, data: &Dataset) -> Result<()> {
     let m = &config.model;
     let want = [m.image_size, m.image_size, m.in_channels];
     let have = [data.h, data.w, data.c];
@@ -318,7 +321,10 @@ fn check_data(config: &Config, data: &Dataset) -> Result<()> {
 }
 
 /// Refuses a plan that the machine's free memory cannot hold.
-fn check_memory(need: usize) -> Result<()> {
+///
+/// # Errors
+/// [`Error::Device`] naming both sizes.
+pub fn check_memory(need: usize) -> Result<()> {
     let Some(free) = free_memory() else { return Ok(()) };
     if need > free {
         return Err(Error::Device(format!(

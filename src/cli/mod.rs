@@ -2,13 +2,24 @@
 //!
 //! Long flags may be written with underscores, as the reference has them, and booleans with or without a value.
 
+mod bench;
 pub mod data;
 mod flags;
+mod nll;
+mod plan;
+mod progress;
+mod sample;
+mod train;
 
-use crate::error::Result;
+use crate::checkpoint::{self, Checkpoint};
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::graph::Region;
+use crate::train::slots;
+use crate::unet::Params;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Improved Denoising Diffusion Probabilistic Models: train, sample, measure bits/dim
 #[derive(Parser, Debug)]
@@ -46,7 +57,46 @@ pub enum DeviceKind {
 }
 
 #[derive(Subcommand, Debug)]
-enum Command {}
+enum Command {
+    /// Train a model; alone, on built-in digits
+    #[command(after_help = "Examples:\n  iddpm train\n  iddpm train --preset cifar10 --data-dir cifar-10-batches-bin \
+        --out runs/cifar\n  iddpm train --resume --out runs/cifar\n  iddpm train --data_dir photos --image_size 64 \
+        --num_channels 64 --learn_sigma True --noise_schedule cosine --batch_size 16")]
+    Train(Box<train::TrainArgs>),
+    /// Make pictures with a trained model
+    #[command(after_help = "Examples:\n  iddpm sample\n  iddpm sample --model-path runs/cifar --use-ddim \
+        --timestep-respacing 50 --num-samples 16\n  iddpm sample --model-path runs/cond --labels 3,5")]
+    Sample(Box<sample::SampleArgs>),
+    /// Measure bits/dim by the variational bound
+    #[command(after_help = "Examples:\n  iddpm nll --num-samples 50\n  iddpm nll --model-path runs/cifar --data-dir \
+        cifar-10-batches-bin --split test --num-samples 200")]
+    Nll(Box<nll::NllArgs>),
+    /// Print the recorded steps of training: shapes, bytes, FLOPs, places in memory
+    #[command(after_help = "Example:\n  iddpm plan --preset cifar10 --batch-size 16")]
+    Plan(Box<plan::PlanArgs>),
+    /// Look at a set of images before training on it
+    #[command(subcommand)]
+    Data(DataCommand),
+    /// Measure speed
+    #[command(subcommand)]
+    Bench(bench::BenchCommand),
+}
+
+#[derive(Subcommand, Debug)]
+enum DataCommand {
+    /// Number, sizes, channels, classes, brightness, duplicates
+    #[command(after_help = "Example:\n  iddpm data inspect --data-dir photos --image-size 64")]
+    Inspect {
+        #[command(flatten)]
+        data: flags::DataFlags,
+        /// Side in pixels after resizing [default: as they are]
+        #[arg(long)]
+        image_size: Option<usize>,
+        /// Channels, 1 or 3 [default: as they are]
+        #[arg(long)]
+        channels: Option<usize>,
+    },
+}
 
 /// Runs the program with the process's arguments; returns its exit code.
 pub fn main() -> i32 {
@@ -69,7 +119,69 @@ pub fn main() -> i32 {
 }
 
 fn run(cli: Cli) -> Result<()> {
-    match cli.command {}
+    let g = &cli.global;
+    if g.threads == Some(0) {
+        return Err(Error::Config("--threads 0: at least one thread is needed".into()));
+    }
+    match cli.command {
+        Command::Train(a) => train::main(&a, g),
+        Command::Sample(a) => sample::main(&a, g),
+        Command::Nll(a) => nll::main(&a, g),
+        Command::Plan(a) => plan::main(&a, g),
+        Command::Bench(c) => bench::main(&c, g),
+        Command::Data(DataCommand::Inspect { data, image_size, channels }) => {
+            let mut spec = data.spec(&Default::default(), g.threads)?;
+            (spec.image_size, spec.channels) = (image_size, channels);
+            data::inspect(&spec, &mut std::io::stdout())
+        }
+    }
+}
+
+/// Makes the folder `path`, its parents too.
+///
+/// # Errors
+/// [`Error::Io`].
+pub(crate) fn create_folder(path: &Path) -> Result<()> {
+    std::fs::create_dir_all(path).map_err(Error::io(path, "create the folder"))
+}
+
+/// A trained model on a device.
+pub(crate) struct Model {
+    /// Where it came from.
+    pub checkpoint: Checkpoint,
+    /// Its tensors.
+    pub params: Params,
+    /// The device whose parameter region holds the chosen weights.
+    pub device: Device,
+    /// Which weights those are, in words.
+    pub weights: String,
+}
+
+/// Opens the checkpoint at `path` (a file or a run's folder) with the moving average `rate`: the first of the
+/// configuration if None, the live weights if 0.
+///
+/// # Errors
+/// [`Error::Checkpoint`] for a file that cannot be used or a rate that it does not hold.
+pub(crate) fn open_model(path: &Path, rate: Option<f64>, threads: Option<usize>) -> Result<Model> {
+    let checkpoint = Checkpoint::open(&checkpoint::find(path)?)?;
+    let (train, step) = (&checkpoint.progress.config.train, checkpoint.progress.step);
+    let params = Params::new(&checkpoint.progress.config.model);
+    let rate = rate.unwrap_or(train.ema_rates[0]);
+    let (flat, weights) = if rate == 0.0 {
+        (checkpoint.weights(&slots(&params), params.len)?, "live weights".to_string())
+    } else {
+        let age = crate::train::run::half_life(rate);
+        if step < age {
+            eprintln!(
+                "warning: the moving average of rate {rate} is {step} steps old, younger than its half-life of {age} \
+                 steps, and still near the random start: train longer, or use --ema-rate 0 for the live weights"
+            );
+        }
+        (checkpoint.ema(rate, &slots(&params), params.len)?, format!("moving average of rate {rate}"))
+    };
+    let mut device = Device::cpu(threads.unwrap_or(0))?;
+    device.write_region(Region::Params, &flat)?;
+    Ok(Model { checkpoint, params, device, weights })
 }
 
 /// The command line's grammar: what clap derives, with the reference's booleans.

@@ -47,6 +47,9 @@ pub fn forward(
     x.check(s.in_pixels(), "conv2d forward");
     assert!(y.len() == s.out_pixels() * s.oc && w.len() == s.weights(), "conv2d forward: lengths of y or w");
     assert!(bias.is_none_or(|bias| bias.len() == s.oc), "conv2d forward: length of bias");
+    if let Some(shift) = shift {
+        assert!(shift.data.len() >= (s.n - 1) * shift.stride + shift.col + s.oc, "conv2d forward: length of shift");
+    }
     if let Some(residual) = residual {
         assert_eq!(residual.c(), s.oc, "conv2d forward: channels of the residual");
         residual.check(s.out_pixels(), "conv2d forward: residual");
@@ -141,53 +144,49 @@ struct Epilogue<'a> {
 }
 
 impl Epilogue<'_> {
-    /// Finishes the sums of `lanes` channels from `c0` on of one pixel of one image.
+    /// Finishes and stores the sums of a tile: `width` channels from `first` on of `count` pixels.
+    ///
+    /// # Safety
+    /// The tensors have the pixels and channels (`forward` and `backward_data` check their lengths), and no other job
+    /// stores them.
     #[inline(always)]
-    fn store<V: Vector>(&self, mut v: V, image: usize, pixel: usize, c0: usize, lanes: usize) {
-        // SAFETY: every pointer is to `lanes` values inside a checked slice; pixel and channels are this job's alone.
-        unsafe {
-            if let Some(bias) = self.bias {
-                v = v.add(V::load_first(bias.as_ptr().add(c0), lanes));
+    unsafe fn store<V: Vector>(&self, tile: &Tile, at: &Pixels, count: usize, first: usize, width: usize) {
+        let end = width.min(self.c - first);
+        let mut l = 0;
+        while l < end {
+            // At most a vector, and within one piece of what is stored and of what is added.
+            let (c0, mut lanes) = (first + l, V::LANES.min(end - l));
+            for cut in [self.ca, self.add_ca] {
+                if cut > c0 {
+                    lanes = lanes.min(cut - c0);
+                }
             }
-            if let Some(shift) = self.shift {
-                v = v.add(V::load_first(shift.row(image, self.c).as_ptr().add(c0), lanes));
-            }
-            for (part, first, len) in pieces(c0, lanes, self.add_ca, self.c) {
-                if let Some(add) = self.add[part] {
-                    let channels = if part == 0 { self.add_ca } else { self.c - self.add_ca };
-                    let at = add.as_ptr().add(pixel * channels + first);
-                    if len == lanes {
-                        v = v.add(V::load_first(at, len));
-                    } else {
-                        // A vector across both tensors: shift the piece to its lanes through memory.
-                        let mut moved = [0f32; 16];
-                        let lane = if part == 0 { 0 } else { lanes - len };
-                        std::ptr::copy_nonoverlapping(at, moved.as_mut_ptr().add(lane), len);
-                        v = v.add(V::load(moved.as_ptr()));
+            let (piece, out_pitch, out_c0) =
+                if c0 < self.ca { (0, self.ca, c0) } else { (1, self.c - self.ca, c0 - self.ca) };
+            let out = self.out[piece];
+            let (add, add_pitch, add_c0) = if c0 < self.add_ca {
+                (self.add[0], self.add_ca, c0)
+            } else {
+                (self.add[1], self.c - self.add_ca, c0 - self.add_ca)
+            };
+            // SAFETY: the caller's promise.
+            unsafe {
+                let bias = self.bias.map_or(V::splat(0.0), |bias| V::load_first(bias.as_ptr().add(c0), lanes));
+                for p in 0..count {
+                    let mut v = V::load_first(tile.0.as_ptr().add(p * width + l), lanes).add(bias);
+                    if let Some(shift) = self.shift {
+                        let row = shift.data.as_ptr().add(at.image[p] * shift.stride + shift.col);
+                        v = v.add(V::load_first(row.add(c0), lanes));
                     }
+                    if let Some(add) = add {
+                        v = v.add(V::load_first(add.as_ptr().add(at.dst[p] * add_pitch + add_c0), lanes));
+                    }
+                    v.store_first(out.at(at.dst[p] * out_pitch + out_c0, lanes), lanes);
                 }
             }
-            for (part, first, len) in pieces(c0, lanes, self.ca, self.c) {
-                let channels = if part == 0 { self.ca } else { self.c - self.ca };
-                let at = self.out[part].at(pixel * channels + first, len);
-                if len == lanes {
-                    v.store_first(at, len);
-                } else {
-                    let lane = if part == 0 { 0 } else { lanes - len };
-                    std::ptr::copy_nonoverlapping(v.to_array().as_ptr().add(lane), at, len);
-                }
-            }
+            l += lanes;
         }
     }
-}
-
-/// Channels c0..c0 + lanes as (part, first channel in it, length) of the parts 0..ca and ca..c; empty pieces are left out.
-#[inline(always)]
-fn pieces(c0: usize, lanes: usize, ca: usize, c: usize) -> impl Iterator<Item = (usize, usize, usize)> {
-    let in_a = ca.saturating_sub(c0).min(lanes);
-    let in_b = (c0 + lanes).min(c) - (c0 + in_a);
-    let b = c0.max(ca) - ca;
-    [(0, c0, in_a), (1, b, in_b)].into_iter().filter(|&(_, _, len)| len > 0)
 }
 
 /// A convolution of any kind: dst[step·g + phase] = Σ_taps src[stride·g + offset] · weights.
@@ -313,16 +312,8 @@ impl Kernel for Job<'_> {
                         let right = self.packed.as_ptr().add(conv.packed_at::<V>(&phase, first, 0));
                         rows_product::<V>(&mut tile, (count, width / V::LANES), segments, lengths, right);
                     }
-                    for p in 0..count {
-                        let mut l = 0;
-                        while l < width && first + l < c {
-                            // SAFETY: inside the tile.
-                            let v = unsafe { V::load(tile.0.as_ptr().add(p * width + l)) };
-                            let lanes = V::LANES.min(c - first - l);
-                            conv.epilogue.store(v, at.image[p], at.dst[p], first + l, lanes);
-                            l += V::LANES;
-                        }
-                    }
+                    // SAFETY: these pixels and channels are this job's.
+                    unsafe { conv.epilogue.store::<V>(&tile, &at, count, first, width) };
                     first += width;
                 }
                 start += count;
