@@ -14,11 +14,11 @@ pub enum Moment {
     Second,
 }
 
-/// The moment of parameter `i`, which lies at `slot`, in our order.
+/// The moment of parameter `i`, in our order.
 ///
 /// # Errors
 /// [`Error::Checkpoint`] naming the tensor.
-pub fn moment(file: &TensorFile, i: usize, slot: &Slot, which: Moment) -> Result<Vec<f32>> {
+pub fn moment(file: &TensorFile, i: usize, which: Moment) -> Result<Vec<f32>> {
     let name = name(i, which);
     read(file, &name, file.get(&name)?)
 }

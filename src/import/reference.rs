@@ -78,6 +78,8 @@ pub struct Deduced {
     pub use_scale_shift_norm: bool,
     /// Resampling with convolutions.
     pub conv_resample: bool,
+    /// Resampling inside residual blocks.
+    pub resblock_updown: bool,
 }
 
 impl Deduced {
@@ -105,11 +107,10 @@ impl Deduced {
         };
         let (input, output) = (blocks("input_blocks."), blocks("output_blocks."));
         let total = output.last().map_or(0, |n| n + 1);
-        let conv_resample = input.iter().any(|i| has(&format!("input_blocks.{i}.0.op.weight")));
-        let downs = match conv_resample {
-            true => input.iter().filter(|i| has(&format!("input_blocks.{i}.0.op.weight"))).count(),
-            false => total.saturating_sub(input.len()),
-        };
+        let convs = input.iter().filter(|i| has(&format!("input_blocks.{i}.0.op.weight"))).count();
+        let second = |i: &&usize, at: usize| has(&format!("output_blocks.{i}.{at}.in_layers.0.weight"));
+        let enlarging = output.iter().filter(|i| second(i, 1) || second(i, 2)).count();
+        let downs = if convs + enlarging > 0 { convs.max(enlarging) } else { total.saturating_sub(input.len()) };
         let levels = downs + 1;
         if base == 0 || total == 0 || total % levels != 0 || total > 4096 {
             return Err(bad(format!("{total} output blocks do not divide into {levels} levels")));
@@ -124,7 +125,8 @@ impl Deduced {
             attention_resolutions: vec![],
             num_classes: if has("label_emb.weight") { Some(dims("label_emb.weight", 2)?[0]) } else { None },
             use_scale_shift_norm: false,
-            conv_resample: conv_resample || levels == 1,
+            conv_resample: convs > 0 || enlarging > 0 || levels == 1,
+            resblock_updown: enlarging > 0,
         };
         for level in 0..levels {
             let block = format!("input_blocks.{}", 1 + level * per_level);
@@ -154,6 +156,7 @@ impl Deduced {
         m.num_classes = self.num_classes;
         m.use_scale_shift_norm = self.use_scale_shift_norm;
         m.conv_resample = self.conv_resample;
+        m.resblock_updown = self.resblock_updown;
         let learned = self.out_channels == 2 * self.in_channels;
         match (learned, c.diffusion.learns_variance()) {
             (true, false) => c.diffusion.var_type = VarType::LearnedRange,
