@@ -50,6 +50,15 @@ pub struct ModelFlags {
     /// Attention heads on the way up; -1 is --num-heads
     #[arg(long, allow_negative_numbers = true, help_heading = "Network")]
     pub num_heads_upsample: Option<i64>,
+    /// Channels of one attention head, in place of --num-heads; -1: not used
+    #[arg(long, allow_negative_numbers = true, help_heading = "Network")]
+    pub num_head_channels: Option<i64>,
+    /// The channels of attention are all of q, all of k, all of v, rather than grouped by head
+    #[arg(long, value_name = BOOL, help_heading = "Network")]
+    pub use_new_attention_order: Option<bool>,
+    /// Residual blocks change the size of the image, rather than single layers
+    #[arg(long, value_name = BOOL, help_heading = "Network")]
+    pub resblock_updown: Option<bool>,
     /// Dropout probability
     #[arg(long, help_heading = "Network")]
     pub dropout: Option<f32>,
@@ -264,6 +273,11 @@ impl ModelFlags {
             None if tied => m.num_heads_upsample = m.num_heads,
             None => {}
         }
+        if let Some(channels) = self.num_head_channels {
+            m.num_head_channels = usize::try_from(channels).ok();
+        }
+        set(&mut m.use_new_attention_order, &self.use_new_attention_order);
+        set(&mut m.resblock_updown, &self.resblock_updown);
         set(&mut m.dropout, &self.dropout);
         set(&mut m.use_scale_shift_norm, &self.use_scale_shift_norm);
         set(&mut m.conv_resample, &self.conv_resample);

@@ -20,7 +20,7 @@ use iddpm::ops::q_sample::{Images, QSample};
 use iddpm::ops::silu::Silu;
 use iddpm::ops::timestep_embedding::TimestepEmbedding;
 use iddpm::schedule::Process;
-use iddpm::unet::{self, Init, Layer, Param, ParamVals, Params, Recorder, ResBlock};
+use iddpm::unet::{self, Init, Layer, Param, ParamVals, Params, Recorder, ResBlock, Resample};
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -265,6 +265,7 @@ pub fn resblocks(file: &VectorFile) {
             emb: number(case, "emb_channels"),
             scale_shift: flag(case, "use_scale_shift_norm"),
             skip_kernel: if flag(case, "use_conv") { 3 } else { 1 },
+            resample: Resample::Keep,
             column: 0,
             number: 0,
         });
@@ -286,7 +287,8 @@ pub fn attention(file: &VectorFile) {
             attention_core(file, name, case);
             continue;
         }
-        let layer = Layer::Attention { c: number(case, "channels"), heads: number(case, "heads") };
+        let (c, heads) = (number(case, "channels"), number(case, "heads"));
+        let layer = Layer::Attention { c, heads, order: QkvOrder::Legacy };
         let mut p = Piece::new(file, name, layer_params(&layer));
         let x = p.image("in.x");
         let mut r = Recorder::new(&mut p.g, &p.vals, x, None);
@@ -341,6 +343,7 @@ fn model_config(config: &Value) -> ModelConfig {
         num_heads_upsample: config["num_heads_upsample"].as_u64().map_or(heads, |n| n as usize),
         use_scale_shift_norm: flag(config, "use_scale_shift_norm"),
         conv_resample: config["conv_resample"].as_bool().unwrap_or(true),
+        ..ModelConfig::default()
     }
 }
 
