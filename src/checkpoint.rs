@@ -154,7 +154,10 @@ fn header(progress: &Progress, tensors: &BTreeMap<String, Tensor>) -> Vec<u8> {
 fn write_whole<'a>(path: &Path, header: &[u8], tensors: impl Iterator<Item = &'a [u8]>) -> Result<()> {
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let refused = |action| move |e| saving_failed(path, action, e);
-    let file = tempfile::Builder::new().prefix(TEMPORARY).tempfile_in(folder).map_err(refused("create"))?;
+    // As readable as any other new file, rather than for its owner alone.
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o666);
+    let file =
+        tempfile::Builder::new().prefix(TEMPORARY).permissions(mode).tempfile_in(folder).map_err(refused("create"))?;
     let fill = || {
         let mut out = BufWriter::with_capacity(1 << 20, file.as_file());
         out.write_all(header)?;
