@@ -5,6 +5,7 @@
 mod bench;
 pub mod data;
 mod flags;
+mod images;
 mod nll;
 mod plan;
 mod progress;
@@ -88,7 +89,7 @@ enum DataCommand {
     #[command(after_help = "Example:\n  iddpm data inspect --data-dir photos --image-size 64")]
     Inspect {
         #[command(flatten)]
-        data: flags::DataFlags,
+        data: images::DataFlags,
         /// Side in pixels after resizing [default: as they are]
         #[arg(long)]
         image_size: Option<usize>,
