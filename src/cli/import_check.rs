@@ -60,7 +60,7 @@ impl Check<'_> {
             steps.iter().map(|&t| process.time_value(t, self.config.diffusion.rescale_timesteps)).collect();
         let (x_0, labels) = self.pictures(size)?;
         let mut eps = vec![0.0; x_0.len()];
-        rng::fill_normal(&mut eps, 0, 0, 0, rng::op::NOISE);
+        rng::fill_normal(&mut eps, 0, 0, 0, rng::op::NLL);
         let each = x_0.len() / BATCH;
         let x_t: Vec<f32> = (0..x_0.len())
             .map(|i| {

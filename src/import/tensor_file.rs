@@ -14,7 +14,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// Result of a step that does not know the file's name.
-type Text<T> = std::result::Result<T, String>;
+pub type Text<T> = std::result::Result<T, String>;
 
 /// Deepest nesting of containers, and most values and bytes of names in all.
 const MAX_DEPTH: usize = 16;
@@ -157,14 +157,21 @@ impl TensorFile {
 }
 
 /// What a file holds.
-#[derive(Default)]
-struct Found {
-    tensors: BTreeMap<String, Tensor>,
-    numbers: BTreeMap<String, f64>,
-    metadata: HashMap<String, String>,
+#[derive(Debug, Default)]
+pub struct Found {
+    /// Its tensors.
+    pub tensors: BTreeMap<String, Tensor>,
+    /// Its numbers.
+    pub numbers: BTreeMap<String, f64>,
+    /// Metadata of a safetensors file.
+    pub metadata: HashMap<String, String>,
 }
 
-fn parse(bytes: &[u8]) -> Text<Found> {
+/// Finds the tensors in the bytes of a file.
+///
+/// # Errors
+/// What is damaged or refused.
+pub fn parse(bytes: &[u8]) -> Text<Found> {
     match bytes {
         [b'P', b'K', 3, 4, ..] => parse_zip(bytes),
         _ if bytes.starts_with(&LEGACY_MAGIC) => parse_stream(bytes),
