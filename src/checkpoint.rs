@@ -93,6 +93,15 @@ struct Tensor<'a> {
     bytes: &'a [u8],
 }
 
+/// Elements on their way into a file.
+struct Elements(Vec<f32>);
+
+impl AsRef<[u8]> for Elements {
+    fn as_ref(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.0)
+    }
+}
+
 /// Name, whether it holds integers, and size of a tensor in the header.
 type Entry<'a> = (&'a str, bool, &'a [usize]);
 
@@ -153,7 +162,7 @@ pub fn save_parts(
     let tensors = parts.iter().map(|&(_, family, i)| {
         let values = read(family, i)?;
         assert_eq!(values.len(), slots[i].len(), "elements of {}", slots[i].name);
-        Ok(bytemuck::cast_slice(&values).to_vec())
+        Ok(Elements(values))
     });
     write_whole(path, &header, tensors)
 }
