@@ -93,6 +93,15 @@ struct Tensor<'a> {
     bytes: &'a [u8],
 }
 
+/// Elements on their way into a file.
+struct Elements(Vec<f32>);
+
+impl AsRef<[u8]> for Elements {
+    fn as_ref(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.0)
+    }
+}
+
 /// Name, whether it holds integers, and size of a tensor in the header.
 type Entry<'a> = (&'a str, bool, &'a [usize]);
 
@@ -153,7 +162,7 @@ pub fn save_parts(
     let tensors = parts.iter().map(|&(_, family, i)| {
         let values = read(family, i)?;
         assert_eq!(values.len(), slots[i].len(), "elements of {}", slots[i].name);
-        Ok(bytemuck::cast_slice(&values).to_vec())
+        Ok(Elements(values))
     });
     write_whole(path, &header, tensors)
 }
@@ -181,11 +190,7 @@ fn header<'a>(progress: &Progress, tensors: impl Iterator<Item = Entry<'a>>) -> 
     [&(text.len() as u64).to_le_bytes()[..], &text].concat()
 }
 
-fn write_whole<B: AsRef<[u8]>>(
-    path: &Path,
-    header: &[u8],
-    tensors: impl Iterator<Item = Result<B>>,
-) -> Result<()> {
+fn write_whole<B: AsRef<[u8]>>(path: &Path, header: &[u8], tensors: impl Iterator<Item = Result<B>>) -> Result<()> {
     replace(path, |out| {
         out.write_all(header).map_err(|e| saving_failed(path, "write", e))?;
         for bytes in tensors {
@@ -333,15 +338,28 @@ impl Checkpoint {
         SafeTensors::read_metadata(&self.map).is_ok_and(|(_, m)| m.offset_keys().iter().any(|k| k.starts_with(prefix)))
     }
 
-    /// Everything, to go on training. `state` lists the names, types and lengths that the run expects.
+    /// Whether the model was imported and has not been trained since: it may lack averages, moments and state.
+    pub fn imported(&self) -> bool {
+        self.progress.config.data.images == 0
+    }
+
+    /// Everything, to go on training. `state` lists the names, types and lengths that the run expects. What an imported
+    /// file lacks is as in a new run: averages equal to the weights, moments and state 0.
     ///
     /// # Errors
     /// As [`Self::weights`].
     pub fn snapshot(&self, slots: &[Slot], len: usize, state: &[(String, bool, usize)]) -> Result<Snapshot> {
         let rates = &self.progress.config.train.ema_rates;
-        let averages = rates.iter().map(|r| self.region(&ema_prefix(*r), slots, len)).collect::<Result<Vec<_>>>()?;
+        let lacks = |prefix: &str| self.imported() && !self.holds(prefix);
+        let (no_averages, no_moments, no_state) = (lacks("ema."), lacks("adam_"), lacks("state."));
+        let average = |r: &f64| self.region(&if no_averages { "model".into() } else { ema_prefix(*r) }, slots, len);
+        let averages = rates.iter().map(average).collect::<Result<Vec<_>>>()?;
+        let moment = |name| if no_moments { Ok(vec![0.0; len]) } else { self.region(name, slots, len) };
         let tensors = self.tensors()?;
         let values = state.iter().map(|(name, integers, n)| {
+            if no_state {
+                return Ok(StateValue { name: name.clone(), integers: *integers, bytes: vec![0; 4 * n] });
+            }
             let dtype = if *integers { Dtype::I32 } else { Dtype::F32 };
             let bytes = self.tensor(&tensors, &format!("state.{name}"), dtype, &[*n])?.to_vec();
             Ok(StateValue { name: name.clone(), integers: *integers, bytes })
@@ -350,8 +368,8 @@ impl Checkpoint {
             progress: self.progress.clone(),
             params: self.region("model", slots, len)?,
             ema: averages.concat(),
-            adam_m: self.region("adam_m", slots, len)?,
-            adam_v: self.region("adam_v", slots, len)?,
+            adam_m: moment("adam_m")?,
+            adam_v: moment("adam_v")?,
             state: values.collect::<Result<_>>()?,
         })
     }

@@ -46,7 +46,9 @@ pub fn main(a: &ExportArgs, _: &Global) -> Result<()> {
     println!("written   {}", a.to.display());
     if a.to.is_dir() && config.diffusion.rescale_timesteps && config.diffusion.diffusion_steps != 1000 {
         let factor = 1000.0 / config.diffusion.diffusion_steps as f64;
-        println!("note: this network was told t·{factor} rather than t; multiply the timesteps given to the UNet2DModel by it");
+        println!(
+            "note: this network was told t·{factor} rather than t; multiply the timesteps given to the UNet2DModel by it"
+        );
     }
     Ok(())
 }

@@ -63,9 +63,18 @@ pub fn main(a: &ImportArgs, g: &Global) -> Result<()> {
     let params = Params::new(&config.model);
     let step = inputs.check(&config, &params, a.allow_half)?;
     println!("source    {}", inputs.describe(&params));
-    println!("network   {}", describe(&config, &["image-size", "channels", "num-channels", "channel-mult", "num-res-blocks"]));
-    println!("          {}", describe(&config, &["attention-resolutions", "num-heads", "num-head-channels", "class-cond"]));
-    println!("process   {}", describe(&config, &["diffusion-steps", "noise-schedule", "learn-sigma", "rescale-timesteps"]));
+    println!(
+        "network   {}",
+        describe(&config, &["image-size", "channels", "num-channels", "channel-mult", "num-res-blocks"])
+    );
+    println!(
+        "          {}",
+        describe(&config, &["attention-resolutions", "num-heads", "num-head-channels", "class-cond"])
+    );
+    println!(
+        "process   {}",
+        describe(&config, &["diffusion-steps", "noise-schedule", "learn-sigma", "rescale-timesteps"])
+    );
     let check = import_check::Check { config: &config, params: &params, images: a.check_images.as_deref() };
     println!("check     {}", check.run(g.threads.unwrap_or(0), |i| inputs.read(&config, &params, "model", i))?);
     inputs.save(&to, config, &params, step)?;
@@ -138,8 +147,7 @@ impl ImportArgs {
             "noise-schedule" => f.noise_schedule.is_some(),
             _ => f.rescale_timesteps.is_some(),
         };
-        let missing: Vec<String> =
-            source.untold().iter().filter(|n| !given(n)).map(|n| format!("--{n}")).collect();
+        let missing: Vec<String> = source.untold().iter().filter(|n| !given(n)).map(|n| format!("--{n}")).collect();
         if self.preset.is_some() || missing.is_empty() {
             return Ok(());
         }
@@ -154,8 +162,7 @@ impl ImportArgs {
 
 /// The presets whose network has the tensors of the file.
 fn fitting(source: &Source) -> String {
-    let names: Vec<&str> =
-        PRESETS.iter().filter(|p| source.fits(&(p.build)().model)).map(|p| p.name).collect();
+    let names: Vec<&str> = PRESETS.iter().filter(|p| source.fits(&(p.build)().model)).map(|p| p.name).collect();
     match names.is_empty() {
         true => "; no preset has a network of these tensors".into(),
         false => format!("; presets with these tensors: {}", names.join(", ")),

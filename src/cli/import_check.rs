@@ -14,7 +14,7 @@ use crate::schedule::Process;
 use crate::unet::{self, ParamVals, Params};
 use std::path::Path;
 
-/// Images in the batch.
+/// Images in the batch, if there are images.
 const BATCH: usize = 4;
 /// The other order is reported if its error is below this part of the stored order's.
 const CLEARLY: f64 = 0.8;
@@ -49,19 +49,20 @@ impl Check<'_> {
         let m = &self.config.model;
         let levels = m.channel_mult.len();
         let size = if self.images.is_some() { m.image_size } else { m.image_size.min(2 << (levels - 1)) };
+        let batch = if self.images.is_some() { BATCH } else { 1 };
         let mut device = Device::cpu(threads)?;
-        let stored = self.bind(&mut device, m, size)?;
+        let stored = self.bind(&mut device, m, size, batch)?;
         for (i, p) in self.params.list.iter().enumerate() {
             device.write(stored.id, stored.vals.get(&p.name), &read(i)?)?;
         }
         let process = Process::from_config(&self.config.diffusion)?;
-        let steps: Vec<usize> = (0..BATCH).map(|i| (2 * i + 1) * process.steps() / (2 * BATCH)).collect();
+        let steps: Vec<usize> = (0..batch).map(|i| (2 * i + 1) * process.steps() / (2 * batch)).collect();
         let time: Vec<f32> =
             steps.iter().map(|&t| process.time_value(t, self.config.diffusion.rescale_timesteps)).collect();
-        let (x_0, labels) = self.pictures(size)?;
+        let (x_0, labels) = self.pictures(size, batch)?;
         let mut eps = vec![0.0; x_0.len()];
-        rng::fill_normal(&mut eps, 0, 0, 0, rng::op::NOISE);
-        let each = x_0.len() / BATCH;
+        rng::fill_normal(&mut eps, 0, 0, 0, rng::op::NLL);
+        let each = x_0.len() / batch;
         let x_t: Vec<f32> = (0..x_0.len())
             .map(|i| {
                 let alpha_bar = process.alpha_bar[steps[i / each]];
@@ -80,7 +81,7 @@ impl Check<'_> {
         let error = self.error(&out, target);
         let Some(images) = self.images else { return Ok("a noised batch gives finite numbers".into()) };
         let other = ModelConfig { use_new_attention_order: !m.use_new_attention_order, ..m.clone() };
-        let swapped = self.bind(&mut device, &other, size)?;
+        let swapped = self.bind(&mut device, &other, size, batch)?;
         let swapped_error = self.error(&swapped.run(&mut device, &x_t, &time, &labels)?, target);
         if swapped_error < CLEARLY * error {
             eprintln!(
@@ -95,12 +96,12 @@ impl Check<'_> {
         ))
     }
 
-    fn bind(&self, device: &mut Device, m: &ModelConfig, size: usize) -> Result<Forward> {
+    fn bind(&self, device: &mut Device, m: &ModelConfig, size: usize, batch: usize) -> Result<Forward> {
         let mut g = Graph::new();
         let vals = self.params.declare(&mut g);
-        let x = g.fixed("x", Shape::new(BATCH, size, size, m.in_channels), DType::F32, Region::Inputs);
-        let t = g.fixed("t", Shape::rows(BATCH, 1), DType::F32, Region::Inputs);
-        let labels = m.num_classes.map(|_| g.fixed("labels", Shape::rows(BATCH, 1), DType::I32, Region::Inputs));
+        let x = g.fixed("x", Shape::new(batch, size, size, m.in_channels), DType::F32, Region::Inputs);
+        let t = g.fixed("t", Shape::rows(batch, 1), DType::F32, Region::Inputs);
+        let labels = m.num_classes.map(|_| g.fixed("labels", Shape::rows(batch, 1), DType::I32, Region::Inputs));
         let out = unet::record(&mut g, m, &vals, x.into(), t, labels, None).out;
         g.keep(out);
         let id = device.bind(Plan::new(g, true))?;
@@ -108,17 +109,17 @@ impl Check<'_> {
     }
 
     /// A batch in [-1, 1] and its labels; grey pictures without an image set.
-    fn pictures(&self, size: usize) -> Result<(Vec<f32>, Vec<i32>)> {
+    fn pictures(&self, size: usize, batch: usize) -> Result<(Vec<f32>, Vec<i32>)> {
         let m = &self.config.model;
-        let len = BATCH * size * size * m.in_channels;
-        let Some(path) = self.images else { return Ok((vec![0.0; len], vec![0; BATCH])) };
+        let len = batch * size * size * m.in_channels;
+        let Some(path) = self.images else { return Ok((vec![0.0; len], vec![0; batch])) };
         let mut spec = DataSpec::new(path);
-        (spec.image_size, spec.channels, spec.limit) = (Some(size), Some(m.in_channels), Some(BATCH));
+        (spec.image_size, spec.channels, spec.limit) = (Some(size), Some(m.in_channels), Some(batch));
         let set = data::open(&spec)?;
         let pixels: Vec<f32> = set.pixels.iter().cycle().take(len).map(|&b| to_unit(b)).collect();
         let classes = m.num_classes.unwrap_or(1) as i32;
         let labels = set.labels.unwrap_or_default();
-        Ok((pixels, (0..BATCH).map(|i| labels.get(i).map_or(0, |l| l % classes)).collect()))
+        Ok((pixels, (0..batch).map(|i| labels.get(i).map_or(0, |l| l % classes)).collect()))
     }
 
     /// Mean squared difference of the first channels of `out` from `target`.

@@ -72,7 +72,7 @@ pub fn main(a: &TrainArgs, g: &Global) -> Result<()> {
         Some(place) => a.resumed(&place, g)?,
         None => a.fresh(g)?,
     };
-    let (config, data) = a.with_data(start.config, g)?;
+    let (config, data) = a.with_data(start.config, start.checkpoint.is_none(), g)?;
     let mut trainer = Trainer::new(config, Device::cpu(g.threads.unwrap_or(0))?, &data, true)?;
     drop(data);
     if let Some(checkpoint) = &start.checkpoint {
@@ -148,9 +148,11 @@ impl TrainArgs {
         Ok(Start { config, out, checkpoint: Some(checkpoint) })
     }
 
-    /// Loads the images and fills in what depends on them: channels, classes, the record.
-    fn with_data(&self, mut config: Config, g: &Global) -> Result<(Config, Dataset)> {
-        let new = config.data.source.is_empty();
+    /// Loads the images and fills in what depends on them: the record; for a new run also channels and classes.
+    fn with_data(&self, mut config: Config, new: bool, g: &Global) -> Result<(Config, Dataset)> {
+        if !new && config.data.source.is_empty() && self.data.data_dir.is_none() {
+            return Err(Error::Config("an imported model knows no images to go on with: give --data-dir".into()));
+        }
         let mut spec = self.data.spec(&config.data, g.threads)?;
         spec.image_size = Some(config.model.image_size);
         spec.channels = if new { self.model.channels } else { Some(config.model.in_channels) };

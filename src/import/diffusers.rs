@@ -228,14 +228,22 @@ pub fn their_name(m: &ModelConfig, name: &str) -> Option<Their> {
     let (block, attention, resize, inner) = match part {
         "middle_block" => {
             let (at, inner) = rest.split_once('.')?;
-            (format!("mid_block.resnets.{}", if at == "0" { 0 } else { 1 }), "mid_block.attentions.0".into(), String::new(), inner)
+            (
+                format!("mid_block.resnets.{}", if at == "0" { 0 } else { 1 }),
+                "mid_block.attentions.0".into(),
+                String::new(),
+                inner,
+            )
         }
         _ => {
             let (number, rest) = rest.split_once('.')?;
             let (_, inner) = rest.split_once('.')?;
             let at: usize = number.parse().ok()?;
-            let (side, at, sampler) =
-                if part == "input_blocks" { ("down", at.checked_sub(1)?, "downsamplers") } else { ("up", at, "upsamplers") };
+            let (side, at, sampler) = if part == "input_blocks" {
+                ("down", at.checked_sub(1)?, "downsamplers")
+            } else {
+                ("up", at, "upsamplers")
+            };
             let (level, i) = (at / per_level, at % per_level);
             let under = |what: &str, i: usize| format!("{side}_blocks.{level}.{what}.{i}");
             (under("resnets", i), under("attentions", i), under(sampler, 0), inner)
@@ -284,7 +292,13 @@ fn parts(file: &TensorFile, m: &ModelConfig, slot: &Slot) -> Vec<String> {
         Some(Their::Three(names)) => names.to_vec(),
         None => vec![slot.name.to_string()],
     };
-    let known = |n: String| if file.tensors.contains_key(&n) { n } else { Some(old_name(&n)).filter(|o| file.tensors.contains_key(o)).unwrap_or(n) };
+    let known = |n: String| {
+        if file.tensors.contains_key(&n) {
+            n
+        } else {
+            Some(old_name(&n)).filter(|o| file.tensors.contains_key(o)).unwrap_or(n)
+        }
+    };
     names.into_iter().map(known).collect()
 }
 
@@ -431,4 +445,3 @@ pub fn scheduler_config(d: &DiffusionConfig) -> Value {
         "clip_sample": true,
     })
 }
-

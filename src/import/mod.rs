@@ -100,9 +100,7 @@ impl Source {
     /// Flags of the settings that the file does not tell and without which the model gives wrong pictures.
     pub fn untold(&self) -> &'static [&'static str] {
         match &self.known {
-            Known::Shape(_) => {
-                &["image-size", "num-heads", "diffusion-steps", "noise-schedule", "rescale-timesteps"]
-            }
+            Known::Shape(_) => &["image-size", "num-heads", "diffusion-steps", "noise-schedule", "rescale-timesteps"],
             Known::Settings(m, None) if m.image_size == 0 => &["image-size", "diffusion-steps", "noise-schedule"],
             Known::Settings(_, None) => &["diffusion-steps", "noise-schedule"],
             Known::Settings(m, _) if m.image_size == 0 => &["image-size"],
@@ -144,7 +142,8 @@ impl Source {
 /// The configuration that an export of this program carries.
 fn whole(file: &TensorFile) -> Result<Option<Config>> {
     let Some(text) = file.metadata.get(export::CONFIG_KEY) else { return Ok(None) };
-    let bad = |e: String| Error::checkpoint(&file.path, format!("damaged metadata: field `{}`: {e}", export::CONFIG_KEY));
+    let bad =
+        |e: String| Error::checkpoint(&file.path, format!("damaged metadata: field `{}`: {e}", export::CONFIG_KEY));
     let config: Config = serde_json::from_str(text).map_err(|e| bad(e.to_string()))?;
     config.validate().map_err(|e| bad(e.to_string()))?;
     Ok(Some(config))

@@ -1,6 +1,6 @@
 //! A reader of pickle streams that runs nothing: it builds tensors, containers, numbers and texts, and refuses the rest.
 //!
-//! A pickle is a program for a stack machine that may call any function by name. A checkpoint needs eight of them
+//! A pickle is a program for a stack machine that may call any function by name. A checkpoint needs a few of them
 //! ([`Global`]), which are understood here as data; any other name is an error at the moment it is read. Values live
 //! in one list and refer to each other by position, so depth costs nothing and cycles do no harm. The number of
 //! operations and values is bounded.
@@ -71,6 +71,8 @@ pub enum Global {
     RebuildParameter,
     /// `torch.Size`.
     Size,
+    /// `_codecs.encode`: how protocol 2 writes bytes.
+    Encode,
     /// `torch.FloatStorage` and its kin.
     Storage(Dtype),
 }
@@ -83,6 +85,7 @@ impl Global {
             ("torch._utils", "_rebuild_tensor" | "_rebuild_tensor_v2") => Ok(Global::RebuildTensor),
             ("torch._utils", "_rebuild_parameter") => Ok(Global::RebuildParameter),
             ("torch", "Size") => Ok(Global::Size),
+            ("_codecs", "encode") => Ok(Global::Encode),
             ("torch", "DoubleStorage") => storage(Dtype::F64),
             ("torch", "FloatStorage") => storage(Dtype::F32),
             ("torch", "HalfStorage") => storage(Dtype::F16),
@@ -484,6 +487,7 @@ impl<'a> Machine<'a> {
                     other => Err(format!("damaged: a parameter made from {}", other.kind())),
                 }
             }
+            Value::Global(Global::Encode) => self.push(Value::Opaque),
             ref other => Err(format!("a call of {} is no part of a tensor file: refused", other.kind())),
         }
     }
@@ -500,8 +504,12 @@ impl<'a> Machine<'a> {
 
     /// (storage, offset, size, strides, …): checked to lie inside its storage.
     fn tensor(&self, args: &[Id]) -> Result<TensorView<'a>> {
-        let [storage, offset, dims, strides, ..] = args else { return Err("damaged: a tensor of too few fields".into()) };
-        let Value::Storage(storage) = self.value(*storage) else { return Err("damaged: a tensor without storage".into()) };
+        let [storage, offset, dims, strides, ..] = args else {
+            return Err("damaged: a tensor of too few fields".into());
+        };
+        let Value::Storage(storage) = self.value(*storage) else {
+            return Err("damaged: a tensor without storage".into());
+        };
         let (dims, strides) = (self.sizes(*dims)?, self.sizes(*strides)?);
         if dims.len() != strides.len() || dims.len() > MAX_DIMS {
             return Err(format!("a tensor of {} sizes and {} strides", dims.len(), strides.len()));
@@ -511,7 +519,8 @@ impl<'a> Machine<'a> {
             format!("a tensor of size {dims:?} and strides {strides:?} at {offset}: its storage has {}", storage.len)
         };
         let count = dims.iter().try_fold(1usize, |n, &d| n.checked_mul(d)).ok_or_else(bad)?;
-        let last = dims.iter().zip(&strides).try_fold(offset, |at, (&d, &s)| at.checked_add(s.checked_mul(d.max(1) - 1)?));
+        let last =
+            dims.iter().zip(&strides).try_fold(offset, |at, (&d, &s)| at.checked_add(s.checked_mul(d.max(1) - 1)?));
         if count > 0 && last.is_none_or(|last| last >= storage.len) {
             return Err(bad());
         }
@@ -520,7 +529,9 @@ impl<'a> Machine<'a> {
 
     fn sizes(&self, id: Id) -> Result<Vec<usize>> {
         match self.value(id) {
-            Value::Tuple(ids) | Value::List(ids) if ids.len() <= MAX_DIMS => ids.iter().map(|&id| self.size(id)).collect(),
+            Value::Tuple(ids) | Value::List(ids) if ids.len() <= MAX_DIMS => {
+                ids.iter().map(|&id| self.size(id)).collect()
+            }
             other => Err(format!("damaged: the size of a tensor is {}", other.kind())),
         }
     }

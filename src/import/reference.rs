@@ -37,11 +37,18 @@ pub fn family(file: &TensorFile) -> Result<Family> {
         return Ok(Family::Diffusers);
     }
     match () {
+        () if has("model.input_blocks.") => bad("already a checkpoint of this program, which needs no import"),
         () if file.tensors.is_empty() => bad("no tensor in this file"),
         () if has("input_blocks.") => bad("a classifier of guided-diffusion, not a diffusion model: not supported"),
-        () if has("model.diffusion_model.") => bad("a latent diffusion model: not supported, its images are not pixels"),
-        () if has("module.") => bad("the names begin with `module.`: save the state dict of the model inside DataParallel"),
-        () if has("enc.") || has("ema.enc.") => bad("a network of EDM: its layers are not those of the reference's U-Net"),
+        () if has("model.diffusion_model.") => {
+            bad("a latent diffusion model: not supported, its images are not pixels")
+        }
+        () if has("module.") => {
+            bad("the names begin with `module.`: save the state dict of the model inside DataParallel")
+        }
+        () if has("enc.") || has("ema.enc.") => {
+            bad("a network of EDM: its layers are not those of the reference's U-Net")
+        }
         () if has("downs.") || has("model.downs.") => {
             bad("a network of denoising-diffusion-pytorch: its layers are not those of the reference's U-Net")
         }
@@ -133,7 +140,9 @@ impl Deduced {
             let name = format!("{block}.0.out_layers.3.weight");
             let c = dims(&name, 4)?[0];
             if c % base != 0 || c == 0 {
-                return Err(bad(format!("{name}: {c} channels are no multiple of the base width {base}: not supported")));
+                return Err(bad(format!(
+                    "{name}: {c} channels are no multiple of the base width {base}: not supported"
+                )));
             }
             d.channel_mult.push(c / base);
             if has(&format!("{block}.1.qkv.weight")) {

@@ -14,7 +14,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// Result of a step that does not know the file's name.
-type Text<T> = std::result::Result<T, String>;
+pub type Text<T> = std::result::Result<T, String>;
 
 /// Deepest nesting of containers, and most values and bytes of names in all.
 const MAX_DEPTH: usize = 16;
@@ -116,30 +116,29 @@ impl TensorFile {
     /// The elements of `t`, last dimension fastest, as bytes.
     pub fn bytes(&self, t: &Tensor) -> Vec<u8> {
         match t.dtype.bytes() {
-            8 => bytemuck::cast_slice(&self.gather::<8>(t)).to_vec(),
-            4 => bytemuck::cast_slice(&self.gather::<4>(t)).to_vec(),
-            2 => bytemuck::cast_slice(&self.gather::<2>(t)).to_vec(),
-            _ => bytemuck::cast_slice(&self.gather::<1>(t)).to_vec(),
+            8 => self.gather(t, |b: [u8; 8]| b).as_flattened().to_vec(),
+            4 => self.gather(t, |b: [u8; 4]| b).as_flattened().to_vec(),
+            2 => self.gather(t, |b: [u8; 2]| b).as_flattened().to_vec(),
+            _ => self.gather(t, |[b]: [u8; 1]| b),
         }
     }
 
     /// The elements of `t`, last dimension fastest; whole numbers and f64 are not converted.
     pub fn f32s(&self, t: &Tensor) -> Option<Vec<f32>> {
-        let half = |f: fn(u16) -> f32| self.gather::<2>(t).into_iter().map(|b| f(u16::from_le_bytes(b))).collect();
         match t.dtype {
-            Dtype::F32 => Some(self.gather::<4>(t).into_iter().map(f32::from_le_bytes).collect()),
-            Dtype::F16 => Some(half(|b| half::f16::from_bits(b).to_f32())),
-            Dtype::Bf16 => Some(half(|b| half::bf16::from_bits(b).to_f32())),
+            Dtype::F32 => Some(self.gather(t, f32::from_le_bytes)),
+            Dtype::F16 => Some(self.gather(t, |b| half::f16::from_le_bytes(b).to_f32())),
+            Dtype::Bf16 => Some(self.gather(t, |b| half::bf16::from_le_bytes(b).to_f32())),
             _ => None,
         }
     }
 
-    fn gather<const N: usize>(&self, t: &Tensor) -> Vec<[u8; N]> {
+    fn gather<const N: usize, T>(&self, t: &Tensor, convert: impl Fn([u8; N]) -> T) -> Vec<T> {
         let mut out = Vec::with_capacity(t.len());
         if t.is_empty() {
             return out;
         }
-        let element = |at: usize| -> [u8; N] { self.map[at..at + N].try_into().expect("N bytes") };
+        let element = |at: usize| convert(self.map[at..at + N].try_into().expect("N bytes"));
         let Some((&inner, outer)) = t.dims.split_last() else {
             out.push(element(t.at));
             return out;
@@ -157,14 +156,21 @@ impl TensorFile {
 }
 
 /// What a file holds.
-#[derive(Default)]
-struct Found {
-    tensors: BTreeMap<String, Tensor>,
-    numbers: BTreeMap<String, f64>,
-    metadata: HashMap<String, String>,
+#[derive(Debug, Default)]
+pub struct Found {
+    /// Its tensors.
+    pub tensors: BTreeMap<String, Tensor>,
+    /// Its numbers.
+    pub numbers: BTreeMap<String, f64>,
+    /// Metadata of a safetensors file.
+    pub metadata: HashMap<String, String>,
 }
 
-fn parse(bytes: &[u8]) -> Text<Found> {
+/// Finds the tensors in the bytes of a file.
+///
+/// # Errors
+/// What is damaged or refused.
+pub fn parse(bytes: &[u8]) -> Text<Found> {
     match bytes {
         [b'P', b'K', 3, 4, ..] => parse_zip(bytes),
         _ if bytes.starts_with(&LEGACY_MAGIC) => parse_stream(bytes),

@@ -6,6 +6,7 @@ mod device;
 mod diffusion;
 mod floors;
 mod golden;
+mod import;
 mod kernels;
 mod network;
 mod steps;
