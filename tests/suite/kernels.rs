@@ -177,10 +177,10 @@ impl ConvData {
         }
         let mut dshift = nan(s.n * (s.oc + 1));
         let rows = Some(RowsMut { data: &mut dshift, stride: s.oc + 1, col: 1 });
-        let mut scratch = nan(fast::conv2d_weight::backward_weight_scratch(s));
+        let mut scratch = nan(fast::conv2d::backward_weight_scratch(s));
         match isa {
             None => conv2d::backward_weight_cpu(&mut dw, Some(&mut db), rows, &self.dy, self.x(), accumulate, s),
-            Some(isa) => fast::conv2d_weight::backward_weight(
+            Some(isa) => fast::conv2d::backward_weight(
                 isa,
                 &mut dw,
                 Some(&mut db),

@@ -9,6 +9,7 @@ mod diffusion;
 mod driver;
 mod floors;
 mod golden;
+mod import;
 mod kernels;
 mod network;
 mod steps;

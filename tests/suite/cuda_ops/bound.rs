@@ -34,7 +34,14 @@ struct Rig {
     terms: [Val; 3],
 }
 
-fn rig(half: bool, size: [usize; 3], objective: Objective, process: &Arc<Process>, eps: Eps, clipped: Option<bool>) -> Rig {
+fn rig(
+    half: bool,
+    size: [usize; 3],
+    objective: Objective,
+    process: &Arc<Process>,
+    eps: Eps,
+    clipped: Option<bool>,
+) -> Rig {
     let mut g = Graph::new();
     let batch = Batch::record(&mut g, size, &steps_of(process), eps == Eps::Drawn);
     let dtype = if half { DType::Bf16 } else { DType::F32 };
@@ -141,7 +148,8 @@ impl Rig {
             for (o, &want) in want_d.iter().enumerate() {
                 let got = d_out[n * out.len() + o];
                 let parts = self.parts(c, scale / x_0.len() as f64, x_0, eps, out, o / stride, o % stride);
-                let allowed = 1e-5 * parts.max(f64::from(want.abs())) + f64::from(want.abs()) * if half { 1.0 / 256.0 } else { 0.0 };
+                let allowed = 1e-5 * parts.max(f64::from(want.abs()))
+                    + f64::from(want.abs()) * if half { 1.0 / 256.0 } else { 0.0 };
                 let off = f64::from((got - want).abs());
                 assert!(off <= allowed + 1e-38, "{} t = {} output {o}: {got} {want}, parts {parts}", self.what(), c.t);
             }

@@ -23,8 +23,7 @@ use iddpm::schedule::{Process, space_timesteps};
 use std::sync::Arc;
 
 pub const MEANS: [MeanType; 3] = [MeanType::Epsilon, MeanType::XStart, MeanType::PreviousX];
-pub const VARIANCES: [VarType; 4] =
-    [VarType::FixedSmall, VarType::FixedLarge, VarType::Learned, VarType::LearnedRange];
+pub const VARIANCES: [VarType; 4] = [VarType::FixedSmall, VarType::FixedLarge, VarType::Learned, VarType::LearnedRange];
 
 /// Every meaning of the network's output.
 pub fn outputs() -> impl Iterator<Item = Output> {

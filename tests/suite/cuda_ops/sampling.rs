@@ -7,7 +7,13 @@ use iddpm::ops::p_sample::{PSample, Reverse};
 use iddpm::ops::q_sample::QSample;
 
 /// A plan of one q_sample: x_t, and eps where it is stored.
-fn noising(half: bool, size: [usize; 3], process: &Arc<Process>, noise: Noise, store: bool) -> (Graph, Batch, Vec<Val>) {
+fn noising(
+    half: bool,
+    size: [usize; 3],
+    process: &Arc<Process>,
+    noise: Noise,
+    store: bool,
+) -> (Graph, Batch, Vec<Val>) {
     let mut g = graph(half);
     let batch = Batch::record(&mut g, size, &steps_of(process), true);
     let (images, process) = (batch.images.clone(), process.clone());
@@ -89,7 +95,14 @@ struct Step {
     op: PSample,
 }
 
-fn reverse_step(half: bool, [h, w, c]: [usize; 3], process: &Arc<Process>, output: Output, reverse: Reverse, clip: bool) -> Step {
+fn reverse_step(
+    half: bool,
+    [h, w, c]: [usize; 3],
+    process: &Arc<Process>,
+    output: Output,
+    reverse: Reverse,
+    clip: bool,
+) -> Step {
     let mut g = Graph::new();
     let s = Shape::new(3, h, w, c);
     let mut fixed = |name: &str, shape, dtype, region| g.fixed(name, shape, dtype, region);
@@ -173,7 +186,13 @@ impl Step {
         let (device, id) = run(emulated(), &self.g, |d, id| self.write(t, d, id));
         let x = read(&device, id, self.op.x);
         let x_0 = self.op.x_0.map(|v| read(&device, id, v));
-        let what = format!("t = {t} {:?} {:?} clip {} {}", self.op.output, self.op.reverse, self.op.clip, self.g.shape(self.op.x));
+        let what = format!(
+            "t = {t} {:?} {:?} clip {} {}",
+            self.op.output,
+            self.op.reverse,
+            self.op.clip,
+            self.g.shape(self.op.x)
+        );
         for (i, [want, want_x_0, size]) in self.specified(t).into_iter().enumerate() {
             // A prediction of x_0 keeps f32's precision however large its terms; the step is a sum of three such numbers.
             let off = (f64::from(x[i]) - want).abs();

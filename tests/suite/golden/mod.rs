@@ -11,6 +11,7 @@ mod likelihood;
 mod losses;
 mod network;
 mod ops;
+mod pickles;
 mod samplers;
 mod schedules;
 mod timestep;
@@ -46,7 +47,7 @@ const KINDS: &[(&str, Check)] = &[
 /// What a folder may also hold, unread here, and why.
 const UNREAD: &[(&str, &str)] = &[
     ("10_superres", "the super-resolution network is not part of the crate"),
-    ("11_pt", "pickled checkpoints belong to the importer's tests"),
+    ("11_pt", "read by pickles_match_the_reference"),
     ("12_architectures.json", "parameter lists belong to the network's tests"),
     ("INDEX.md", "prose"),
     ("index.json", "read by every check"),
@@ -119,6 +120,14 @@ kinds! {
     adamw_ema_matches_the_reference "10_adamw_ema",
     training_matches_the_reference "10_training",
     image_codes_match_the_reference "12_image_codes",
+}
+
+#[test]
+fn pickles_match_the_reference() {
+    let pickles = folder().join("11_pt");
+    if pickles.exists() {
+        pickles::check(&pickles);
+    }
 }
 
 #[test]

@@ -141,8 +141,7 @@ impl Reversed {
         let seeds = g.fixed("seeds", Shape::rows(s.n, 2), DType::I32, Region::Inputs);
         let out = g.fixed("out", Shape { c: output.channels(s.c), ..s }, DType::F32, Region::Inputs);
         let noise = g.fixed("noise", s, DType::F32, Region::Inputs);
-        let (x, x_0) =
-            (g.fixed("x", s, DType::F32, Region::State), g.fixed("x_0", s, DType::F32, Region::State));
+        let (x, x_0) = (g.fixed("x", s, DType::F32, Region::State), g.fixed("x_0", s, DType::F32, Region::State));
         let (given, predicted, process) = (Some(noise), Some(x_0), process.clone());
         g.push(PSample {
             x,
