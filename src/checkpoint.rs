@@ -1,1 +1,394 @@
-//! checkpoint (being written)
+//! One file per checkpoint, in the safetensors format: everything a run needs to sample from it or to go on.
+//!
+//! ```text
+//! model.<name>          weights, f32, named as in the reference's state dict; convolutions (out, kh, kw, in)
+//! ema.<rate>.<name>     each moving average
+//! adam_m.<name> adam_v.<name>   moments of the optimiser
+//! state.<name>          what else survives from step to step: the loss history, the last t and losses
+//! __metadata__          format version, program, step, images seen, position in the data, configuration as JSON
+//! ```
+//!
+//! The weights lie in flat regions in memory ([`Slot`] gives each tensor its place); gaps between them are not stored.
+//! A file is written under a temporary name in the same folder, synced and renamed, so that the old one stays whole
+//! until the new one is. Reading maps the file and checks every name, type and size before anything is copied.
+
+use crate::config::Config;
+use crate::error::{Error, Result};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde_json::json;
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+/// Version of the layout above, and the metadata field that says it.
+const FORMAT: u32 = 1;
+const FORMAT_KEY: &str = "iddpm_format";
+/// Beginning of the name of a checkpoint that is being written.
+const TEMPORARY: &str = ".saving-";
+
+/// Name, size and place in the flat region of one tensor.
+#[derive(Clone, Copy, Debug)]
+pub struct Slot<'a> {
+    /// Name in the reference's state dict.
+    pub name: &'a str,
+    /// Size.
+    pub dims: &'a [usize],
+    /// First element in the region.
+    pub offset: usize,
+}
+
+impl Slot<'_> {
+    fn len(&self) -> usize {
+        self.dims.iter().product()
+    }
+}
+
+/// How far a run has come, and what it is.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Progress {
+    /// Optimiser steps done.
+    pub step: u64,
+    /// Images trained on.
+    pub images: u64,
+    /// Images drawn from the data set, over all epochs.
+    pub position: u64,
+    /// Every setting.
+    pub config: Config,
+}
+
+/// A value that survives from step to step, as bytes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StateValue {
+    /// Name.
+    pub name: String,
+    /// Whether the bytes are i32 rather than f32.
+    pub integers: bool,
+    /// The bytes, 4 per element.
+    pub bytes: Vec<u8>,
+}
+
+/// Everything that is saved. The regions are flat, with gaps.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Snapshot {
+    /// How far the run has come.
+    pub progress: Progress,
+    /// Weights.
+    pub params: Vec<f32>,
+    /// Moving averages, one after the other, in the order of the configuration's rates.
+    pub ema: Vec<f32>,
+    /// First moments.
+    pub adam_m: Vec<f32>,
+    /// Second moments.
+    pub adam_v: Vec<f32>,
+    /// The rest.
+    pub state: Vec<StateValue>,
+}
+
+/// One tensor on its way into a file.
+struct Tensor<'a> {
+    integers: bool,
+    dims: Vec<usize>,
+    bytes: &'a [u8],
+}
+
+/// Prefix of the tensors of the moving average of this rate.
+fn ema_prefix(rate: f64) -> String {
+    format!("ema.{rate}")
+}
+
+/// Writes `snapshot` to `path`, replacing what is there only when the new file is complete and on the disk.
+/// Equal snapshots are equal files.
+///
+/// # Errors
+/// [`Error::Io`] when the disk is full or refuses; `path` is then as it was.
+pub fn save(path: &Path, snapshot: &Snapshot, slots: &[Slot]) -> Result<()> {
+    let rates = &snapshot.progress.config.train.ema_rates;
+    let len = snapshot.params.len();
+    assert_eq!(snapshot.ema.len(), len * rates.len(), "one moving average per rate");
+    let mut regions = vec![
+        ("model".to_string(), &snapshot.params[..]),
+        ("adam_m".to_string(), &snapshot.adam_m[..]),
+        ("adam_v".to_string(), &snapshot.adam_v[..]),
+    ];
+    regions.extend(rates.iter().zip(snapshot.ema.chunks_exact(len)).map(|(r, e)| (ema_prefix(*r), e)));
+    let mut tensors = BTreeMap::new();
+    for (prefix, region) in &regions {
+        for s in slots {
+            let bytes = bytemuck::cast_slice(&region[s.offset..s.offset + s.len()]);
+            tensors.insert(format!("{prefix}.{}", s.name), Tensor { integers: false, dims: s.dims.to_vec(), bytes });
+        }
+    }
+    for v in &snapshot.state {
+        let tensor = Tensor { integers: v.integers, dims: vec![v.bytes.len() / 4], bytes: &v.bytes };
+        tensors.insert(format!("state.{}", v.name), tensor);
+    }
+    write_whole(path, &header(&snapshot.progress, &tensors), tensors.values().map(|t| t.bytes))
+}
+
+/// Length and JSON text of the header: metadata, then each tensor with its place, in the order of names.
+fn header(progress: &Progress, tensors: &BTreeMap<String, Tensor>) -> Vec<u8> {
+    let metadata = json!({
+        FORMAT_KEY: FORMAT.to_string(),
+        "program": concat!("iddpm ", env!("CARGO_PKG_VERSION")),
+        "layout": "little-endian; convolution weights (out, kh, kw, in)",
+        "step": progress.step.to_string(),
+        "images": progress.images.to_string(),
+        "position": progress.position.to_string(),
+        "config": json!(progress.config).to_string(),
+    });
+    let mut fields = serde_json::Map::from_iter([("__metadata__".to_string(), metadata)]);
+    let mut at = 0;
+    for (name, t) in tensors {
+        let (dtype, end) = (if t.integers { "I32" } else { "F32" }, at + t.bytes.len());
+        fields.insert(name.clone(), json!({ "dtype": dtype, "shape": t.dims, "data_offsets": [at, end] }));
+        at = end;
+    }
+    let mut text = serde_json::Value::Object(fields).to_string().into_bytes();
+    text.resize(text.len().next_multiple_of(8), b' ');
+    [&(text.len() as u64).to_le_bytes()[..], &text].concat()
+}
+
+/// Fills a temporary file beside `path`, syncs it, renames it to `path` and syncs the folder.
+fn write_whole<'a>(path: &Path, header: &[u8], tensors: impl Iterator<Item = &'a [u8]>) -> Result<()> {
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let refused = |action| move |e| saving_failed(path, action, e);
+    let file = tempfile::Builder::new().prefix(TEMPORARY).tempfile_in(folder).map_err(refused("create"))?;
+    let fill = || {
+        let mut out = BufWriter::with_capacity(1 << 20, file.as_file());
+        out.write_all(header)?;
+        tensors.into_iter().try_for_each(|bytes| out.write_all(bytes))?;
+        out.flush()?;
+        file.as_file().sync_all()
+    };
+    fill().map_err(refused("write"))?;
+    file.persist(path).map_err(|e| saving_failed(path, "replace", e.error))?;
+    File::open(folder).and_then(|f| f.sync_all()).map_err(refused("write"))
+}
+
+fn saving_failed(path: &Path, action: &'static str, e: std::io::Error) -> Error {
+    let kept =
+        format!("{e}; earlier checkpoints are untouched: free some space or choose another --out, then --resume");
+    Error::io(path, action)(std::io::Error::new(e.kind(), kept))
+}
+
+/// File name of the checkpoint after `step` steps.
+pub fn file_name(step: u64) -> String {
+    format!("checkpoint-{step:08}.safetensors")
+}
+
+/// Checkpoints in `folder` with their steps, oldest first; none if there is no such folder.
+pub fn list(folder: &Path) -> Vec<(u64, PathBuf)> {
+    let step =
+        |p: &Path| p.file_name()?.to_str()?.strip_prefix("checkpoint-")?.strip_suffix(".safetensors")?.parse().ok();
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut found: Vec<(u64, PathBuf)> = entries.filter_map(|e| Some((step(&e.path())?, e.path()))).collect();
+    found.sort();
+    found
+}
+
+/// Removes all but the newest `keep` checkpoints of `folder`, and what an earlier killed run left half-written.
+///
+/// # Errors
+/// [`Error::Io`] when a file cannot be removed.
+pub fn prune(folder: &Path, keep: usize) -> Result<()> {
+    let found = list(folder);
+    let old = found.iter().rev().skip(keep.max(1)).map(|(_, p)| p.clone());
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let halves = entries.filter(|e| e.file_name().to_string_lossy().starts_with(TEMPORARY)).map(|e| e.path());
+    for path in old.chain(halves) {
+        std::fs::remove_file(&path).map_err(Error::io(&path, "remove"))?;
+    }
+    Ok(())
+}
+
+/// The checkpoint that `path` means: the file itself, or the newest one of a folder.
+///
+/// # Errors
+/// [`Error::Checkpoint`] when there is none, saying what to do.
+pub fn find(path: &Path) -> Result<PathBuf> {
+    if !path.is_dir() {
+        let hint = "no such checkpoint: give a .safetensors file written by `iddpm train`, or the folder of a run";
+        return if path.exists() { Ok(path.into()) } else { Err(Error::checkpoint(path, hint)) };
+    }
+    let newest = list(path).pop().map(|(_, p)| p);
+    newest.ok_or_else(|| Error::checkpoint(path, "no checkpoint in this folder: train first, or give another folder"))
+}
+
+/// A checkpoint that has been opened: mapped, its header read, its tensors not yet looked at.
+pub struct Checkpoint {
+    path: PathBuf,
+    map: memmap2::Mmap,
+    /// How far the run had come, and its configuration.
+    pub progress: Progress,
+}
+
+impl Checkpoint {
+    /// Opens the file at `path`.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] for a damaged, truncated or foreign file or one of another version; [`Error::Io`].
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(Error::io(path, "read"))?;
+        // SAFETY: mapped for reading; a checkpoint is never changed in place, only replaced by rename.
+        let map = unsafe { memmap2::Mmap::map(&file) }.map_err(Error::io(path, "read"))?;
+        let bad = |what: String| Error::checkpoint(path, what);
+        check_length(&map).map_err(bad)?;
+        let (_, header) = SafeTensors::read_metadata(&map).map_err(|e| bad(format!("damaged header: {e}")))?;
+        let metadata = header.metadata().clone().unwrap_or_default();
+        let Some(format) = metadata.get(FORMAT_KEY) else { return Err(bad(foreign(&header.offset_keys()))) };
+        if *format != FORMAT.to_string() {
+            let what =
+                format!("checkpoint format {format}, this program reads {FORMAT}: use the version that wrote it");
+            return Err(bad(what));
+        }
+        let progress = read_progress(&metadata).map_err(bad)?;
+        progress.config.validate().map_err(|e| bad(format!("damaged metadata: impossible configuration: {e}")))?;
+        Ok(Checkpoint { path: path.into(), map, progress })
+    }
+
+    /// Where it was read from.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The weights being trained, as a flat region of `len` elements.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] naming the tensor, what was expected and what was found.
+    pub fn weights(&self, slots: &[Slot], len: usize) -> Result<Vec<f32>> {
+        self.region("model", slots, len)
+    }
+
+    /// The moving average of `rate`, as a flat region.
+    ///
+    /// # Errors
+    /// As [`Self::weights`]; also for a rate that was not averaged.
+    pub fn ema(&self, rate: f64, slots: &[Slot], len: usize) -> Result<Vec<f32>> {
+        let rates = &self.progress.config.train.ema_rates;
+        if !rates.contains(&rate) {
+            let have: Vec<_> = rates.iter().map(f64::to_string).collect();
+            return Err(Error::checkpoint(
+                &self.path,
+                format!("no moving average of rate {rate}; there are {}", have.join(", ")),
+            ));
+        }
+        self.region(&ema_prefix(rate), slots, len)
+    }
+
+    /// Everything, to go on training. `state` lists the names, types and lengths that the run expects.
+    ///
+    /// # Errors
+    /// As [`Self::weights`].
+    pub fn snapshot(&self, slots: &[Slot], len: usize, state: &[(String, bool, usize)]) -> Result<Snapshot> {
+        let rates = &self.progress.config.train.ema_rates;
+        let averages = rates.iter().map(|r| self.region(&ema_prefix(*r), slots, len)).collect::<Result<Vec<_>>>()?;
+        let tensors = self.tensors()?;
+        let values = state.iter().map(|(name, integers, n)| {
+            let dtype = if *integers { Dtype::I32 } else { Dtype::F32 };
+            let bytes = self.tensor(&tensors, &format!("state.{name}"), dtype, &[*n])?.to_vec();
+            Ok(StateValue { name: name.clone(), integers: *integers, bytes })
+        });
+        Ok(Snapshot {
+            progress: self.progress.clone(),
+            params: self.region("model", slots, len)?,
+            ema: averages.concat(),
+            adam_m: self.region("adam_m", slots, len)?,
+            adam_v: self.region("adam_v", slots, len)?,
+            state: values.collect::<Result<_>>()?,
+        })
+    }
+
+    fn tensors(&self) -> Result<SafeTensors<'_>> {
+        SafeTensors::deserialize(&self.map).map_err(|e| Error::checkpoint(&self.path, format!("damaged: {e}")))
+    }
+
+    fn region(&self, prefix: &str, slots: &[Slot], len: usize) -> Result<Vec<f32>> {
+        let tensors = self.tensors()?;
+        let mut flat = vec![0.0f32; len];
+        for s in slots {
+            let bytes = self.tensor(&tensors, &format!("{prefix}.{}", s.name), Dtype::F32, s.dims)?;
+            let out = &mut flat[s.offset..s.offset + s.len()];
+            bytemuck::cast_slice_mut::<f32, u8>(out).copy_from_slice(bytes);
+            if let Some(bad) = out.iter().find(|x| !x.is_finite()) {
+                return Err(Error::checkpoint(
+                    &self.path,
+                    format!("{prefix}.{} holds {bad}: use an older one", s.name),
+                ));
+            }
+        }
+        Ok(flat)
+    }
+
+    fn tensor<'a>(&self, all: &SafeTensors<'a>, name: &str, dtype: Dtype, dims: &[usize]) -> Result<&'a [u8]> {
+        let bad = |what: String| Error::checkpoint(&self.path, what);
+        let t: TensorView<'a> =
+            all.tensor(name).map_err(|_| bad(format!("no tensor {name}, which the model needs")))?;
+        if t.dtype() != dtype || t.shape() != dims {
+            let (found, shape) = (t.dtype(), t.shape());
+            return Err(bad(format!("tensor {name}: expected {dtype:?} {dims:?}, found {found:?} {shape:?}")));
+        }
+        Ok(t.data())
+    }
+}
+
+/// The metadata as numbers and a configuration.
+fn read_progress(metadata: &HashMap<String, String>) -> std::result::Result<Progress, String> {
+    let field = |name| metadata.get(name).ok_or_else(|| format!("damaged metadata: no field `{name}`"));
+    let number = |name| {
+        let text = field(name)?;
+        u64::from_str(text).map_err(|_| format!("damaged metadata: field `{name}` is {text:?}, not a number"))
+    };
+    let config =
+        serde_json::from_str(field("config")?).map_err(|e| format!("damaged metadata: field `config`: {e}"))?;
+    Ok(Progress { step: number("step")?, images: number("images")?, position: number("position")?, config })
+}
+
+const PYTORCH: &str =
+    "a PyTorch file (.pt or .pth): it cannot be read, only .safetensors files written by `iddpm train`";
+
+/// Tells files of other kinds and truncated ones by their first bytes and their length.
+fn check_length(bytes: &[u8]) -> std::result::Result<(), String> {
+    match bytes {
+        [b'P', b'K', 3, 4, ..] => return Err(PYTORCH.into()),
+        [0x80, 2..=5, ..] if bytes.get(8) != Some(&b'{') => return Err(PYTORCH.into()),
+        _ if bytes.len() < 8 => return Err(format!("truncated: {} bytes, the header alone has 8", bytes.len())),
+        _ if bytes.len() > 8 && bytes[8] != b'{' => return Err("not a safetensors file".into()),
+        _ => {}
+    }
+    let header = u64::from_le_bytes(bytes[..8].try_into().expect("8 bytes"));
+    let (have, need) = (bytes.len() as u64, header.saturating_add(8));
+    if need > have {
+        return Err(format!("truncated: the header ends at byte {need}, the file at {have}"));
+    }
+    match data_length(&bytes[8..need as usize]).map(|data| need.saturating_add(data)) {
+        Some(end) if end > have => Err(format!("truncated: the tensors end at byte {end}, the file at {have}")),
+        Some(end) if end < have => Err(format!("damaged: the tensors end at byte {end}, the file at {have}")),
+        _ => Ok(()),
+    }
+}
+
+/// Where the last tensor of a header ends.
+fn data_length(header: &[u8]) -> Option<u64> {
+    let header: serde_json::Value = serde_json::from_slice(header).ok()?;
+    header.as_object()?.values().filter_map(|t| t.get("data_offsets")?.get(1)?.as_u64()).max()
+}
+
+/// What a safetensors file of another program is.
+fn foreign(names: &[String]) -> String {
+    let first = names.first().map_or("none", String::as_str);
+    let kind = match () {
+        () if names.iter().any(|n| n.starts_with("input_blocks.")) => "a state dict of the reference",
+        () if names.iter().any(|n| n.starts_with("down_blocks.")) => "a diffusers model",
+        () => "a safetensors file",
+    };
+    format!(
+        "{kind} of another program ({} tensors, the first is {first}): its configuration is not in it, so it cannot \
+             be used; give a checkpoint written by `iddpm train`",
+        names.len()
+    )
+}
+
+#[cfg(test)]
+mod tests;

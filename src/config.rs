@@ -1,11 +1,15 @@
 //! Every setting of a run as plain data: what a checkpoint stores, what the flags fill in.
 //!
-//! Names and defaults follow the reference's `model_and_diffusion_defaults` unless said otherwise.
+//! Names and defaults follow the reference's `model_and_diffusion_defaults` and `image_train` unless said otherwise.
+//! [`preset`] holds the named configurations, [`validate`] what must hold between the values.
+
+pub mod preset;
+pub mod validate;
 
 use serde::{Deserialize, Serialize};
 
 /// Noise schedule of the forward process.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Schedule {
     /// beta from 1e-4 to 0.02, scaled by 1000/T (Ho et al. 2020).
@@ -55,7 +59,7 @@ pub enum LossType {
 }
 
 /// The term of the bound at t = 0.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum FirstStep {
     /// The discretised Gaussian log-likelihood (the paper).
@@ -65,7 +69,7 @@ pub enum FirstStep {
 }
 
 /// Choice of t in training.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum TimestepSampler {
     /// Every t alike.
@@ -159,4 +163,163 @@ impl Default for DiffusionConfig {
             vb_first_step: FirstStep::Nll,
         }
     }
+}
+
+/// How the network is trained.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TrainConfig {
+    /// Optimiser steps after which training ends.
+    pub steps: u64,
+    /// Learning rate of AdamW (beta1 0.9, beta2 0.999, epsilon 1e-8).
+    pub lr: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// The rate falls linearly to 0 over this many steps; 0 keeps it constant.
+    pub lr_anneal_steps: u64,
+    /// The rate rises linearly from 0 over this many steps; 0 starts with the full rate.
+    pub warmup_steps: u64,
+    /// Largest Euclidean norm of the gradients; longer ones are scaled down. 0 is no limit.
+    pub grad_clip: f64,
+    /// Images per optimiser step.
+    pub batch_size: usize,
+    /// Images per forward and backward pass; 0 is the whole batch. The mean losses of the parts are summed.
+    pub microbatch: usize,
+    /// Moving averages of the weights: one per rate.
+    pub ema_rates: Vec<f64>,
+    /// Choice of t.
+    pub schedule_sampler: TimestepSampler,
+    /// Half of the images are mirrored left to right, drawn anew at each visit.
+    pub flip: bool,
+    /// Seed of every random number of the run.
+    pub seed: u64,
+}
+
+impl Default for TrainConfig {
+    fn default() -> Self {
+        TrainConfig {
+            steps: 500_000,
+            lr: 1e-4,
+            weight_decay: 0.0,
+            lr_anneal_steps: 0,
+            warmup_steps: 0,
+            grad_clip: 0.0,
+            batch_size: 32,
+            microbatch: 0,
+            ema_rates: vec![0.9999],
+            schedule_sampler: TimestepSampler::Uniform,
+            flip: false,
+            seed: 0,
+        }
+    }
+}
+
+impl TrainConfig {
+    /// Learning rate of the 0-based `step`: warm-up times linear decay.
+    pub fn lr_at(&self, step: u64) -> f64 {
+        let ramp = |over: u64, at: u64| if over == 0 { 1.0 } else { (at as f64 / over as f64).min(1.0) };
+        let left = if self.lr_anneal_steps == 0 { 1.0 } else { 1.0 - ramp(self.lr_anneal_steps, step) };
+        self.lr * ramp(self.warmup_steps, step + 1) * left
+    }
+
+    /// Sizes of the parts of a batch: `microbatch` each, the last perhaps fewer.
+    pub fn microbatches(&self) -> Vec<usize> {
+        let part = if self.microbatch == 0 { self.batch_size } else { self.microbatch.min(self.batch_size) };
+        (0..self.batch_size).step_by(part).map(|first| part.min(self.batch_size - first)).collect()
+    }
+}
+
+/// The images a model was trained on, as a checkpoint records them.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct DataConfig {
+    /// Path of the images, or the name of a built-in set.
+    pub source: String,
+    /// Where the labels came from, as the flag spells it.
+    pub labels: String,
+    /// Which part of the set, as the flag spells it.
+    pub split: String,
+    /// Largest number of images taken from it.
+    pub limit: Option<usize>,
+    /// Number of images.
+    pub images: usize,
+    /// Names of the classes in the order of their labels; empty without labels.
+    pub classes: Vec<String>,
+    /// Hash of all pixels and labels: another set of images cannot pass for this one.
+    pub fingerprint: u64,
+    /// Mean of each channel, 0 to 255.
+    pub mean: Vec<f64>,
+    /// Standard deviation of each channel, 0 to 255.
+    pub std: Vec<f64>,
+}
+
+/// Everything that decides what a run computes.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Config {
+    /// The network.
+    pub model: ModelConfig,
+    /// The diffusion process and its objective.
+    pub diffusion: DiffusionConfig,
+    /// How the network is trained.
+    pub train: TrainConfig,
+    /// What it is trained on.
+    pub data: DataConfig,
+}
+
+impl Config {
+    /// Every setting as its flag spells it: for the head of a run and for comparing two configurations.
+    pub fn settings(&self) -> Vec<(&'static str, String)> {
+        let (m, d, t) = (&self.model, &self.diffusion, &self.train);
+        let pixels: Vec<usize> = m.attention_resolutions.iter().map(|f| m.image_size / f).collect();
+        vec![
+            ("image-size", m.image_size.to_string()),
+            ("channels", m.in_channels.to_string()),
+            ("num-channels", m.model_channels.to_string()),
+            ("num-res-blocks", m.num_res_blocks.to_string()),
+            ("channel-mult", list(&m.channel_mult)),
+            ("attention-resolutions", list(&pixels)),
+            ("num-heads", m.num_heads.to_string()),
+            ("num-heads-upsample", m.num_heads_upsample.to_string()),
+            ("dropout", m.dropout.to_string()),
+            ("class-cond", m.num_classes.is_some().to_string()),
+            ("use-scale-shift-norm", m.use_scale_shift_norm.to_string()),
+            ("conv-resample", m.conv_resample.to_string()),
+            ("learn-sigma", d.learns_variance().to_string()),
+            ("sigma-small", (d.var_type == VarType::FixedSmall).to_string()),
+            ("diffusion-steps", d.diffusion_steps.to_string()),
+            ("noise-schedule", name(&d.noise_schedule)),
+            ("predict-xstart", (d.mean_type == MeanType::XStart).to_string()),
+            ("use-kl", matches!(d.loss_type, LossType::Kl | LossType::RescaledKl).to_string()),
+            ("rescale-learned-sigmas", (d.loss_type == LossType::RescaledMse).to_string()),
+            ("rescale-timesteps", d.rescale_timesteps.to_string()),
+            ("vb-first-step", name(&d.vb_first_step)),
+            ("schedule-sampler", name(&t.schedule_sampler)),
+            ("steps", t.steps.to_string()),
+            ("lr", t.lr.to_string()),
+            ("weight-decay", t.weight_decay.to_string()),
+            ("lr-anneal-steps", t.lr_anneal_steps.to_string()),
+            ("warmup-steps", t.warmup_steps.to_string()),
+            ("grad-clip", t.grad_clip.to_string()),
+            ("batch-size", t.batch_size.to_string()),
+            ("microbatch", t.microbatch.to_string()),
+            ("ema-rate", list(&t.ema_rates)),
+            ("flip", t.flip.to_string()),
+            ("seed", t.seed.to_string()),
+        ]
+    }
+}
+
+impl DiffusionConfig {
+    /// Whether the network's output has a second half for the variance.
+    pub fn learns_variance(&self) -> bool {
+        matches!(self.var_type, VarType::Learned | VarType::LearnedRange)
+    }
+}
+
+/// "1,2,4".
+fn list<T: ToString>(items: &[T]) -> String {
+    items.iter().map(T::to_string).collect::<Vec<_>>().join(",")
+}
+
+/// The name of a choice, as on the command line.
+fn name(choice: &impl clap::ValueEnum) -> String {
+    choice.to_possible_value().map_or_else(String::new, |v| v.get_name().to_string())
 }

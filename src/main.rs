@@ -1,1 +1,4 @@
-fn main() {}
+//! The program: see [`iddpm::cli`].
+fn main() {
+    std::process::exit(iddpm::cli::main());
+}

@@ -1,1 +1,207 @@
-//! nll (being written)
+//! Bits per dimension by the variational bound: L = L_prior + sum over t of L_t (Ho et al. 2020, eq. 5; paper, eq. 4-7).
+//!
+//! Every term of every image is evaluated once, with noise that is a function of (seed, image, t): the figure does not
+//! depend on batch size or threads. A batch of the plan holds any pairs of image and t.
+
+use crate::config::{DiffusionConfig, ModelConfig};
+use crate::device::{Device, Plan, PlanId};
+use crate::diffusion::{self, Objective};
+use crate::error::{Error, Result};
+use crate::graph::{DType, Graph, Region, Shape, Val};
+use crate::ops::Control;
+use crate::ops::q_sample::{Images, Noise, QSample};
+use crate::ops::vb_terms::VbTerms;
+use crate::schedule::Process;
+use crate::unet::{self, Params};
+use std::sync::Arc;
+
+/// How the bound is evaluated.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NllSettings {
+    /// Clip the predicted x_0 to [-1, 1], as the reference does by default.
+    pub clip: bool,
+    /// Pairs of image and t evaluated at the same time.
+    pub batch: usize,
+    /// Seed of the noise.
+    pub seed: u64,
+}
+
+/// The bound over a set of images, in bits/dim.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct NllReport {
+    /// Prior term of each image: KL(q(x_T | x_0) || N(0, 1)).
+    pub prior_bpd: Vec<f64>,
+    /// Whole bound of each image.
+    pub total_bpd: Vec<f64>,
+    /// Term of each t, mean over the images; t = 0 is the decoder's.
+    pub vb_bpd: Vec<f64>,
+    /// Mean squared error of the predicted x_0 at each t.
+    pub x_0_mse: Vec<f64>,
+    /// Mean squared error of the noise derived from it at each t.
+    pub eps_mse: Vec<f64>,
+}
+
+/// Mean of `x` and half the width of its 95 % confidence interval (normal approximation; NaN below two values).
+pub fn mean_and_interval(x: &[f64]) -> (f64, f64) {
+    let n = x.len() as f64;
+    let mean = x.iter().sum::<f64>() / n;
+    let variance = x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (n - 1.0);
+    (mean, 1.96 * (variance / n).sqrt())
+}
+
+/// A plan of noising, network and terms, bound to a device.
+pub struct Nll {
+    id: PlanId,
+    data: Val,
+    index: Val,
+    t: Val,
+    time: Val,
+    labels: Option<Val>,
+    control: Val,
+    terms: [Val; 3],
+    batch: usize,
+    classes: Option<usize>,
+    process: Arc<Process>,
+    rescale: bool,
+    seed: u64,
+}
+
+/// Images to evaluate: bytes (n, h, w, c), and classes where the model has them.
+#[derive(Clone, Copy, Debug)]
+pub struct Evaluated<'a> {
+    /// The pixels of all images.
+    pub pixels: &'a [u8],
+    /// Class of each image.
+    pub labels: Option<&'a [i32]>,
+}
+
+impl Nll {
+    /// Binds the plan for `images` images of the model's size to `device`.
+    ///
+    /// # Errors
+    /// When the process cannot be, or memory cannot be had.
+    pub fn new(
+        device: &mut Device,
+        model: &ModelConfig,
+        diffusion: &DiffusionConfig,
+        params: &Params,
+        images: usize,
+        settings: &NllSettings,
+    ) -> Result<Self> {
+        if settings.batch == 0 {
+            return Err(Error::Config("batch_size 0: the evaluation needs a batch of at least 1".into()));
+        }
+        let process = Arc::new(Process::from_config(diffusion)?);
+        let mut g = Graph::new();
+        let vals = params.declare(&mut g);
+        let rows = Shape::rows(settings.batch, 1);
+        let size = Shape::new(images, model.image_size, model.image_size, model.in_channels);
+        let data = g.at("data", size, DType::U8, Region::Data, 0);
+        let control = g.fixed("control", Shape::rows(1, 16), DType::I32, Region::Inputs);
+        let index = g.fixed("index", rows, DType::I32, Region::Inputs);
+        let t = g.fixed("t", rows, DType::I32, Region::Inputs);
+        let time = g.fixed("time", rows, DType::F32, Region::Inputs);
+        let labels = model.num_classes.map(|_| g.fixed("labels", rows, DType::I32, Region::Inputs));
+        let terms = ["vb", "x_0_mse", "eps_mse"].map(|name| g.fixed(name, rows, DType::F32, Region::State));
+        let batch = Images { data, index, flip: false, first_image: 0, control };
+        let (x_t, eps) = QSample::record(&mut g, batch.clone(), t, Noise::PerImage, process.clone());
+        let out = unet::record(&mut g, model, &vals, x_t.into(), time, labels, None).out;
+        let ([vb, x_0_mse, eps_mse], clip) = (terms, settings.clip);
+        let (objective, process_) = (Objective::from_config(diffusion), process.clone());
+        g.scope("bound");
+        g.push(VbTerms { vb, x_0_mse, eps_mse, out, images: batch, x_t, eps, t, objective, clip, process: process_ });
+        let id = device.bind(Plan::new(g, true))?;
+        let (batch, classes, rescale, seed) =
+            (settings.batch, model.num_classes, diffusion.rescale_timesteps, settings.seed);
+        Ok(Nll { id, data, index, t, time, labels, control, terms, batch, classes, process, rescale, seed })
+    }
+
+    /// The bound plan, to choose its weights.
+    pub fn id(&self) -> PlanId {
+        self.id
+    }
+
+    /// Evaluates every term of every image; `each` is told how many of all terms are done and may end the run.
+    ///
+    /// # Errors
+    /// Labels that are missing or no class of the model.
+    pub fn run(
+        &self,
+        device: &mut Device,
+        images: Evaluated,
+        each: &mut dyn FnMut(usize, usize) -> Result<()>,
+    ) -> Result<NllReport> {
+        let n = device.plan(self.id).graph.shape(self.data).n;
+        self.check_labels(images, n)?;
+        device.write(self.id, self.data, images.pixels)?;
+        let control = Control { seed: self.seed, ..Control::default() };
+        device.write(self.id, self.control, bytemuck::bytes_of(&control))?;
+        let steps = self.process.steps();
+        let mut report = NllReport {
+            prior_bpd: self.priors(images.pixels, n),
+            total_bpd: vec![0.0; n],
+            vb_bpd: vec![0.0; steps],
+            x_0_mse: vec![0.0; steps],
+            eps_mse: vec![0.0; steps],
+        };
+        report.total_bpd.copy_from_slice(&report.prior_bpd);
+        let all = n * steps;
+        let mut values = [const { Vec::new() }; 3];
+        for first in (0..all).step_by(self.batch) {
+            let pairs: Vec<(usize, usize)> =
+                (first..first + self.batch).map(|k| k.min(all - 1)).map(|k| (k / steps, k % steps)).collect();
+            self.run_pairs(device, &pairs, images.labels, &mut values)?;
+            for (slot, &(image, t)) in pairs.iter().enumerate().take(all - first) {
+                let [vb, x_0_mse, eps_mse] = [0, 1, 2].map(|k: usize| f64::from(values[k][slot]));
+                report.total_bpd[image] += vb;
+                report.vb_bpd[t] += vb / n as f64;
+                report.x_0_mse[t] += x_0_mse / n as f64;
+                report.eps_mse[t] += eps_mse / n as f64;
+            }
+            each((first + self.batch).min(all), all)?;
+        }
+        Ok(report)
+    }
+
+    fn run_pairs(
+        &self,
+        device: &mut Device,
+        pairs: &[(usize, usize)],
+        labels: Option<&[i32]>,
+        values: &mut [Vec<f32>; 3],
+    ) -> Result<()> {
+        let column = |f: &dyn Fn(&(usize, usize)) -> i32| pairs.iter().map(f).collect::<Vec<i32>>();
+        device.write(self.id, self.index, &column(&|p| p.0 as i32))?;
+        device.write(self.id, self.t, &column(&|p| p.1 as i32))?;
+        let time: Vec<f32> = pairs.iter().map(|p| self.process.time_value(p.1, self.rescale)).collect();
+        device.write(self.id, self.time, &time)?;
+        if let (Some(v), Some(labels)) = (self.labels, labels) {
+            device.write(self.id, v, &column(&|p| labels[p.0]))?;
+        }
+        device.run(self.id)?;
+        for (v, values) in self.terms.iter().zip(values) {
+            values.resize(self.batch, 0.0);
+            device.read(self.id, *v, values)?;
+        }
+        Ok(())
+    }
+
+    fn priors(&self, pixels: &[u8], n: usize) -> Vec<f64> {
+        let image = |bytes: &[u8]| bytes.iter().map(|&b| diffusion::to_unit(b)).collect::<Vec<f32>>();
+        pixels.chunks_exact(pixels.len() / n).map(|p| diffusion::prior_bpd(&self.process, &image(p))).collect()
+    }
+
+    fn check_labels(&self, images: Evaluated, n: usize) -> Result<()> {
+        let Some(classes) = self.classes else { return Ok(()) };
+        let Some(labels) = images.labels else {
+            return Err(Error::Config(format!("the model has {classes} classes, but the images have no labels")));
+        };
+        assert_eq!(labels.len(), n, "one label per image");
+        match labels.iter().find(|&&y| y < 0 || y as usize >= classes) {
+            Some(y) => {
+                Err(Error::Config(format!("label {y} of the images is no class of the model, which has {classes}")))
+            }
+            None => Ok(()),
+        }
+    }
+}

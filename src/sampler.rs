@@ -1,1 +1,232 @@
-//! sampler (being written)
+//! Sampling: a plan of U-Net and reverse step, run once per step of the (respaced) process from t = T-1 down to 0.
+//!
+//! Every image has a seed of its own, which makes its x_T and all its noise: a picture is the same in any batch, on any
+//! number of threads.
+
+use crate::config::{DiffusionConfig, ModelConfig};
+use crate::device::{Device, Plan, PlanId};
+use crate::diffusion::gaussian::Output;
+use crate::error::{Error, Result};
+use crate::graph::{DType, Graph, Region, Shape, Val};
+use crate::ops::Control;
+use crate::ops::p_sample::{PSample, Reverse};
+use crate::rng;
+use crate::schedule::Process;
+use crate::unet::{self, Params};
+use std::sync::Arc;
+
+/// How pictures are made.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SampleSettings {
+    /// Kind of reverse step.
+    pub reverse: Reverse,
+    /// Clip the predicted x_0 to [-1, 1].
+    pub clip: bool,
+    /// Images made at the same time.
+    pub batch: usize,
+}
+
+/// A sampling plan bound to a device.
+pub struct Sampler {
+    id: PlanId,
+    x: Val,
+    x_0: Val,
+    time: Val,
+    labels: Option<Val>,
+    seeds: Val,
+    control: Val,
+    shape: Shape,
+    classes: Option<usize>,
+    process: Arc<Process>,
+    rescale: bool,
+}
+
+/// The pictures to make, one entry per picture.
+#[derive(Clone, Copy, Debug)]
+pub struct Pictures<'a> {
+    /// Seed of each picture.
+    pub seeds: &'a [u64],
+    /// Class of each picture, if the model has classes.
+    pub labels: Option<&'a [i32]>,
+}
+
+/// Where a sampling walk is, for progress bars and denoising strips.
+pub struct Walk<'a> {
+    device: &'a Device,
+    sampler: &'a Sampler,
+    /// Pictures of this batch.
+    pub pictures: usize,
+    /// Position of the batch's first picture among all.
+    pub first: usize,
+    /// Steps done, counted over all batches.
+    pub done: usize,
+    /// Steps to do, counted over all batches.
+    pub total: usize,
+}
+
+impl Walk<'_> {
+    /// The present prediction of x_0 of this batch's pictures, (n, h, w, c) in [-1, 1] when clipped.
+    pub fn x_0(&self) -> Result<Vec<f32>> {
+        self.sampler.read(self.device, self.sampler.x_0, self.pictures)
+    }
+
+    /// The present x_t of this batch's pictures.
+    pub fn x(&self) -> Result<Vec<f32>> {
+        self.sampler.read(self.device, self.sampler.x, self.pictures)
+    }
+}
+
+/// Records the sampling plan; the values it is steered by are returned with it.
+fn record(
+    model: &ModelConfig,
+    diffusion: &DiffusionConfig,
+    params: &Params,
+    settings: &SampleSettings,
+    process: &Arc<Process>,
+) -> (Graph, [Val; 5], Option<Val>) {
+    let mut g = Graph::new();
+    let vals = params.declare(&mut g);
+    let rows = Shape::rows(settings.batch, 1);
+    let size = Shape::new(settings.batch, model.image_size, model.image_size, model.in_channels);
+    let control = g.fixed("control", Shape::rows(1, 16), DType::I32, Region::Inputs);
+    let seeds = g.fixed("seeds", Shape::rows(settings.batch, 2), DType::I32, Region::Inputs);
+    let time = g.fixed("time", rows, DType::F32, Region::Inputs);
+    let labels = model.num_classes.map(|_| g.fixed("labels", rows, DType::I32, Region::Inputs));
+    let x = g.fixed("x", size, DType::F32, Region::State);
+    let x_0 = g.fixed("x_0", size, DType::F32, Region::State);
+    let out = unet::record(&mut g, model, &vals, x.into(), time, labels, None).out;
+    g.scope("sample");
+    let output = Output { mean_type: diffusion.mean_type, var_type: diffusion.var_type };
+    let (reverse, clip, process) = (settings.reverse, settings.clip, process.clone());
+    g.push(PSample { x, x_0, out, seeds, control, reverse, output, clip, process });
+    (g, [x, x_0, time, seeds, control], labels)
+}
+
+/// The plan that [`Sampler::new`] binds, for printing.
+///
+/// # Errors
+/// When the process of `diffusion` cannot be.
+pub fn plan(
+    model: &ModelConfig,
+    diffusion: &DiffusionConfig,
+    params: &Params,
+    settings: &SampleSettings,
+) -> Result<Plan> {
+    let process = Arc::new(Process::from_config(diffusion)?);
+    Ok(Plan::new(record(model, diffusion, params, settings, &process).0, true))
+}
+
+impl Sampler {
+    /// Binds a sampling plan for the network `model` with tensors `params` to `device`.
+    ///
+    /// # Errors
+    /// When the process cannot be, or memory cannot be had.
+    pub fn new(
+        device: &mut Device,
+        model: &ModelConfig,
+        diffusion: &DiffusionConfig,
+        params: &Params,
+        settings: &SampleSettings,
+    ) -> Result<Self> {
+        if settings.batch == 0 {
+            return Err(Error::Config("batch_size 0: sampling needs a batch of at least 1".into()));
+        }
+        let process = Arc::new(Process::from_config(diffusion)?);
+        let (g, [x, x_0, time, seeds, control], labels) = record(model, diffusion, params, settings, &process);
+        let (shape, classes) = (g.shape(x), model.num_classes);
+        let id = device.bind(Plan::new(g, true))?;
+        let rescale = diffusion.rescale_timesteps;
+        Ok(Sampler { id, x, x_0, time, labels, seeds, control, shape, classes, process, rescale })
+    }
+
+    /// The bound plan, to choose its weights.
+    pub fn id(&self) -> PlanId {
+        self.id
+    }
+
+    /// Steps of the process.
+    pub fn steps(&self) -> usize {
+        self.process.steps()
+    }
+
+    /// Makes the pictures, batch by batch: (n, h, w, c), in [-1, 1] up to what the last step leaves.
+    ///
+    /// `each` is called after every step; an error of its own ends the walk.
+    ///
+    /// # Errors
+    /// Labels that are missing, superfluous or no class of the model.
+    pub fn run(
+        &self,
+        device: &mut Device,
+        pictures: Pictures,
+        each: &mut dyn FnMut(&Walk) -> Result<()>,
+    ) -> Result<Vec<f32>> {
+        self.check_labels(pictures)?;
+        let steps = self.steps();
+        let total = pictures.seeds.len().div_ceil(self.shape.n) * steps;
+        let mut images = Vec::with_capacity(pictures.seeds.len() * self.shape.len() / self.shape.n);
+        for (batch, seeds) in pictures.seeds.chunks(self.shape.n).enumerate() {
+            let first = batch * self.shape.n;
+            let labels = pictures.labels.map(|l| &l[first..first + seeds.len()]);
+            self.start(device, seeds, labels)?;
+            for k in 0..steps {
+                self.step(device, steps - 1 - k)?;
+                let done = batch * steps + k + 1;
+                each(&Walk { device, sampler: self, pictures: seeds.len(), first, done, total })?;
+            }
+            images.extend(self.read(device, self.x, seeds.len())?);
+        }
+        Ok(images)
+    }
+
+    fn check_labels(&self, pictures: Pictures) -> Result<()> {
+        let bad = |what: String| Err(Error::Config(what));
+        match (self.classes, pictures.labels) {
+            (None, None) => Ok(()),
+            (None, Some(_)) => bad("labels were given, but the model has no classes".into()),
+            (Some(n), None) => bad(format!("the model has {n} classes: give labels in 0..{n}")),
+            (Some(_), Some(l)) if l.len() != pictures.seeds.len() => {
+                bad(format!("{} labels were given for {} pictures", l.len(), pictures.seeds.len()))
+            }
+            (Some(n), Some(l)) => match l.iter().find(|&&y| y < 0 || y as usize >= n) {
+                Some(y) => bad(format!("label {y} is no class of the model: its {n} classes are 0..{}", n - 1)),
+                None => Ok(()),
+            },
+        }
+    }
+
+    /// Writes x_T, seeds and labels; a batch that is not full is filled up with its last picture.
+    fn start(&self, device: &mut Device, seeds: &[u64], labels: Option<&[i32]>) -> Result<()> {
+        let at = |n: usize| n.min(seeds.len() - 1);
+        let size = self.shape.len() / self.shape.n;
+        let mut x = vec![0.0; self.shape.len()];
+        let mut words = Vec::with_capacity(2 * self.shape.n);
+        for (n, x) in x.chunks_exact_mut(size).enumerate() {
+            let seed = seeds[at(n)];
+            rng::fill_normal(x, seed, 0, 0, rng::op::X_T);
+            words.extend([seed as u32, (seed >> 32) as u32]);
+        }
+        device.write(self.id, self.x, &x)?;
+        device.write(self.id, self.seeds, &words)?;
+        if let (Some(v), Some(labels)) = (self.labels, labels) {
+            let all: Vec<i32> = (0..self.shape.n).map(|n| labels[at(n)]).collect();
+            device.write(self.id, v, &all)?;
+        }
+        Ok(())
+    }
+
+    /// One reverse step from `t`.
+    fn step(&self, device: &mut Device, t: usize) -> Result<()> {
+        let time = vec![self.process.time_value(t, self.rescale); self.shape.n];
+        device.write(self.id, self.time, &time)?;
+        device.write(self.id, self.control, bytemuck::bytes_of(&Control { t: t as u32, ..Control::default() }))?;
+        device.run(self.id)
+    }
+
+    fn read(&self, device: &Device, v: Val, pictures: usize) -> Result<Vec<f32>> {
+        let mut all = vec![0.0; self.shape.len()];
+        device.read(self.id, v, &mut all)?;
+        all.truncate(pictures * self.shape.len() / self.shape.n);
+        Ok(all)
+    }
+}

@@ -1,1 +1,212 @@
-//! cli (being written)
+//! The command line: one file per subcommand.
+//!
+//! Long flags may be written with underscores, as the reference has them, and booleans with or without a value.
+
+mod bench;
+pub mod data;
+mod flags;
+mod nll;
+mod plan;
+mod progress;
+mod sample;
+mod train;
+
+use crate::checkpoint::{self, Checkpoint};
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::graph::Region;
+use crate::train::slots;
+use crate::unet::Params;
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+/// Improved Denoising Diffusion Probabilistic Models: train, sample, measure bits/dim
+#[derive(Parser, Debug)]
+#[command(version, infer_long_args = true, arg_required_else_help = true)]
+#[command(after_help = "Start with: iddpm train   (built-in digits, a few minutes on a laptop), then: iddpm sample")]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Flags of every subcommand.
+#[derive(Args, Clone, Debug)]
+pub struct Global {
+    /// Threads to compute with [default: one per core]
+    #[arg(long, global = true, value_name = "N")]
+    pub threads: Option<usize>,
+    /// Seed of all random numbers [default: 0]
+    #[arg(long, global = true)]
+    pub seed: Option<u64>,
+    /// Folder for everything that is written [default: runs/<preset> for training, else inside the run's folder]
+    #[arg(long, global = true, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Where to compute
+    #[arg(long, global = true, value_enum, default_value_t = DeviceKind::Cpu)]
+    pub device: DeviceKind,
+}
+
+/// Devices that can be asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DeviceKind {
+    /// The processor, in f32.
+    Cpu,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Train a model; alone, on built-in digits
+    #[command(after_help = "Examples:\n  iddpm train\n  iddpm train --preset cifar10 --data-dir cifar-10-batches-bin \
+        --out runs/cifar\n  iddpm train --resume --out runs/cifar\n  iddpm train --data_dir photos --image_size 64 \
+        --num_channels 64 --learn_sigma True --noise_schedule cosine --batch_size 16")]
+    Train(Box<train::TrainArgs>),
+    /// Make pictures with a trained model
+    #[command(after_help = "Examples:\n  iddpm sample\n  iddpm sample --model-path runs/cifar --use-ddim \
+        --timestep-respacing 50 --num-samples 16\n  iddpm sample --model-path runs/cond --labels 3,5")]
+    Sample(Box<sample::SampleArgs>),
+    /// Measure bits/dim by the variational bound
+    #[command(after_help = "Examples:\n  iddpm nll --num-samples 50\n  iddpm nll --model-path runs/cifar --data-dir \
+        cifar-10-batches-bin --split test --num-samples 200")]
+    Nll(Box<nll::NllArgs>),
+    /// Print the recorded steps of training: shapes, bytes, FLOPs, places in memory
+    #[command(after_help = "Example:\n  iddpm plan --preset cifar10 --batch-size 16")]
+    Plan(Box<plan::PlanArgs>),
+    /// Look at a set of images before training on it
+    #[command(subcommand)]
+    Data(DataCommand),
+    /// Measure speed
+    #[command(subcommand)]
+    Bench(bench::BenchCommand),
+}
+
+#[derive(Subcommand, Debug)]
+enum DataCommand {
+    /// Number, sizes, channels, classes, brightness, duplicates
+    #[command(after_help = "Example:\n  iddpm data inspect --data-dir photos --image-size 64")]
+    Inspect {
+        #[command(flatten)]
+        data: flags::DataFlags,
+        /// Side in pixels after resizing [default: as they are]
+        #[arg(long)]
+        image_size: Option<usize>,
+        /// Channels, 1 or 3 [default: as they are]
+        #[arg(long)]
+        channels: Option<usize>,
+    },
+}
+
+/// Runs the program with the process's arguments; returns its exit code.
+pub fn main() -> i32 {
+    let matches = command().try_get_matches_from(normalise(std::env::args_os()));
+    let cli = match matches.and_then(|m| Cli::from_arg_matches(&m)) {
+        Ok(cli) => cli,
+        Err(e) => {
+            // A closed pipe while printing help is no failure worth a second message.
+            let _ = e.print();
+            return e.exit_code();
+        }
+    };
+    match run(cli) {
+        Ok(()) => 0,
+        Err(e) => {
+            eprintln!("error: {e}");
+            e.exit_code()
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<()> {
+    let g = &cli.global;
+    if g.threads == Some(0) {
+        return Err(Error::Config("--threads 0: at least one thread is needed".into()));
+    }
+    match cli.command {
+        Command::Train(a) => train::main(&a, g),
+        Command::Sample(a) => sample::main(&a, g),
+        Command::Nll(a) => nll::main(&a, g),
+        Command::Plan(a) => plan::main(&a, g),
+        Command::Bench(c) => bench::main(&c, g),
+        Command::Data(DataCommand::Inspect { data, image_size, channels }) => {
+            let mut spec = data.spec(&Default::default(), g.threads)?;
+            (spec.image_size, spec.channels) = (image_size, channels);
+            data::inspect(&spec, &mut std::io::stdout())
+        }
+    }
+}
+
+/// Makes the folder `path`, its parents too.
+///
+/// # Errors
+/// [`Error::Io`].
+pub(crate) fn create_folder(path: &Path) -> Result<()> {
+    std::fs::create_dir_all(path).map_err(Error::io(path, "create the folder"))
+}
+
+/// A trained model on a device.
+pub(crate) struct Model {
+    /// Where it came from.
+    pub checkpoint: Checkpoint,
+    /// Its tensors.
+    pub params: Params,
+    /// The device whose parameter region holds the chosen weights.
+    pub device: Device,
+    /// Which weights those are, in words.
+    pub weights: String,
+}
+
+/// Opens the checkpoint at `path` (a file or a run's folder) with the moving average `rate`: the first of the
+/// configuration if None, the live weights if 0.
+///
+/// # Errors
+/// [`Error::Checkpoint`] for a file that cannot be used or a rate that it does not hold.
+pub(crate) fn open_model(path: &Path, rate: Option<f64>, threads: Option<usize>) -> Result<Model> {
+    let checkpoint = Checkpoint::open(&checkpoint::find(path)?)?;
+    let (train, step) = (&checkpoint.progress.config.train, checkpoint.progress.step);
+    let params = Params::new(&checkpoint.progress.config.model);
+    let rate = rate.unwrap_or(train.ema_rates[0]);
+    let (flat, weights) = if rate == 0.0 {
+        (checkpoint.weights(&slots(&params), params.len)?, "live weights".to_string())
+    } else {
+        let age = crate::train::run::half_life(rate);
+        if step < age {
+            eprintln!(
+                "warning: the moving average of rate {rate} is {step} steps old, younger than its half-life of {age} \
+                 steps, and still near the random start: train longer, or use --ema-rate 0 for the live weights"
+            );
+        }
+        (checkpoint.ema(rate, &slots(&params), params.len)?, format!("moving average of rate {rate}"))
+    };
+    let mut device = Device::cpu(threads.unwrap_or(0))?;
+    device.write_region(Region::Params, &flat)?;
+    Ok(Model { checkpoint, params, device, weights })
+}
+
+/// The command line's grammar: what clap derives, with the reference's booleans.
+fn command() -> clap::Command {
+    fn booleans(c: clap::Command) -> clap::Command {
+        let marked = |a: &clap::Arg| a.get_value_names().is_some_and(|names| names[0] == flags::BOOL);
+        c.mut_subcommands(booleans).mut_args(|a| {
+            if marked(&a) { a.value_parser(flags::boolean).num_args(0..=1).default_missing_value("true") } else { a }
+        })
+    }
+    booleans(Cli::command())
+}
+
+/// Writes `--a_b=c_d` as `--a-b=c_d`, up to a lone `--`.
+fn normalise(args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
+    let mut over = false;
+    let one = |arg: OsString| {
+        over |= arg == "--";
+        match arg.to_str() {
+            Some(text) if !over && text.starts_with("--") => {
+                let (flag, value) = text.split_at(text.find('=').unwrap_or(text.len()));
+                format!("{}{value}", flag.replace('_', "-")).into()
+            }
+            _ => arg,
+        }
+    };
+    args.into_iter().map(one).collect()
+}

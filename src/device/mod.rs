@@ -1,3 +1,138 @@
-//! device (being written)
+//! Devices run a plan: `bind` gives it memory, `write` and `read` move values, `run` executes the list.
+//!
+//! A device holds the regions of one model (weights, gradients, moments, averages, data), shared by every plan bound to
+//! it, and for each plan its inputs, its state and its arena.
 
+pub mod cpu;
 pub mod driver;
+
+use crate::error::Result;
+use crate::graph::{Graph, Region, Val};
+use crate::memory::{self, Layout};
+use cpu::Cpu;
+
+/// A recorded list with a place for every value.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Values and steps.
+    pub graph: Graph,
+    /// Offsets in the arena.
+    pub layout: Layout,
+}
+
+impl Plan {
+    /// Plans the memory of `graph`; `reuse` off gives each value bytes of its own.
+    pub fn new(graph: Graph, reuse: bool) -> Self {
+        let layout = memory::plan(&graph, reuse);
+        Plan { graph, layout }
+    }
+
+    /// Bytes the plan needs on a device: its regions and its arena.
+    pub fn bytes(&self) -> usize {
+        self.layout.bytes + Region::ALL.iter().map(|&r| self.graph.region_bytes(r)).sum::<usize>()
+    }
+}
+
+/// A plan bound to a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PlanId(pub(crate) usize);
+
+/// Which weights a plan computes with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Weights {
+    /// The weights being trained.
+    Live,
+    /// The moving average of this number.
+    Ema(usize),
+}
+
+/// Where plans run.
+pub enum Device {
+    /// The processor, in f32.
+    Cpu(Cpu),
+}
+
+impl Device {
+    /// The processor with `threads` threads (0: as many as there are cores).
+    pub fn cpu(threads: usize) -> Result<Self> {
+        Ok(Device::Cpu(Cpu::new(threads)?))
+    }
+
+    /// Gives `plan` its memory; regions of the model grow to what it needs and keep their contents.
+    ///
+    /// # Errors
+    /// When the memory cannot be had; the message names what is needed.
+    pub fn bind(&mut self, plan: Plan) -> Result<PlanId> {
+        match self {
+            Device::Cpu(d) => d.bind(plan),
+        }
+    }
+
+    /// The plan behind `id`.
+    pub fn plan(&self, id: PlanId) -> &Plan {
+        match self {
+            Device::Cpu(d) => d.plan(id),
+        }
+    }
+
+    /// Chooses the weights that the plan's parameters stand for.
+    pub fn set_weights(&mut self, id: PlanId, weights: Weights) {
+        match self {
+            Device::Cpu(d) => d.set_weights(id, weights),
+        }
+    }
+
+    /// Writes all elements of a fixed or kept value.
+    pub fn write<T: bytemuck::Pod>(&mut self, id: PlanId, v: Val, data: &[T]) -> Result<()> {
+        match self {
+            Device::Cpu(d) => d.bytes_mut(id, v).copy_from_slice(bytemuck::cast_slice(data)),
+        }
+        Ok(())
+    }
+
+    /// Reads all elements of a fixed or kept value into `out`.
+    pub fn read<T: bytemuck::Pod>(&self, id: PlanId, v: Val, out: &mut [T]) -> Result<()> {
+        match self {
+            Device::Cpu(d) => bytemuck::cast_slice_mut(out).copy_from_slice(d.bytes(id, v)),
+        }
+        Ok(())
+    }
+
+    /// Writes a region of the model from its start, enlarging it if needed.
+    pub fn write_region<T: bytemuck::Pod>(&mut self, region: Region, data: &[T]) -> Result<()> {
+        match self {
+            Device::Cpu(d) => d.write_region(region, bytemuck::cast_slice(data)),
+        }
+    }
+
+    /// Reads a region of the model from its start.
+    pub fn read_region<T: bytemuck::Pod>(&self, region: Region, out: &mut [T]) -> Result<()> {
+        match self {
+            Device::Cpu(d) => d.read_region(region, bytemuck::cast_slice_mut(out)),
+        }
+        Ok(())
+    }
+
+    /// Runs the list once.
+    pub fn run(&mut self, id: PlanId) -> Result<()> {
+        match self {
+            Device::Cpu(d) => d.run(id),
+        }
+        Ok(())
+    }
+
+    /// Runs the list once and adds each step's seconds to `seconds` (one entry per step).
+    pub fn run_timed(&mut self, id: PlanId, seconds: &mut [f64]) -> Result<()> {
+        match self {
+            Device::Cpu(d) => d.run_timed(id, seconds),
+        }
+        Ok(())
+    }
+
+    /// Runs the list and returns the first step that writes a NaN or an infinity, with the name of the value.
+    pub fn first_non_finite(&mut self, id: PlanId) -> Result<Option<(usize, String)>> {
+        match self {
+            Device::Cpu(d) => Ok(d.first_non_finite(id)),
+        }
+    }
+}

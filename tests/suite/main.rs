@@ -2,9 +2,12 @@
 
 mod cli;
 mod data;
+mod device;
 mod diffusion;
 mod driver;
+mod floors;
 mod golden;
 mod kernels;
 mod network;
+mod steps;
 mod train;

@@ -1,0 +1,181 @@
+//! `bench kernels`: every distinct op of a training step and of sampling, at its shapes.
+//!
+//! One plan holds each distinct op once, every value in memory of its own, and runs again and again: when an op's turn
+//! comes, all others have touched their operands since, so nothing stays in a cache that would not in a real step. A
+//! time is the median over blocks of rounds that ran while nobody else used the machine.
+
+use super::ceilings::Ceilings;
+use super::configs::{self, Named};
+use super::load::{Load, QUIET};
+use super::record::{Record, Table};
+use super::run::TrainingStep;
+use super::timing::{Effort, FEWEST, median};
+use crate::config::Config;
+use crate::device::Plan;
+use crate::diffusion::gaussian::Output;
+use crate::error::Result;
+use crate::graph::{DType, Graph, Place, Region, Shape, Val};
+use crate::ops::p_sample::{PSample, Reverse};
+use crate::ops::vb_terms::VbTerms;
+use crate::ops::{Op, Operation};
+use crate::rng;
+use crate::train;
+use std::time::Instant;
+
+/// One distinct op, and how often the step has it.
+struct Kind {
+    op: Op,
+    count: usize,
+    shape: String,
+}
+
+/// Measures the ops of each configuration.
+///
+/// # Errors
+/// Memory that cannot be had.
+pub fn kernels(
+    record: &mut Record,
+    list: &[Named],
+    threads: usize,
+    effort: &Effort,
+    ceilings: &Ceilings,
+) -> Result<()> {
+    for Named { name, config } in list {
+        let images = configs::images(config)?;
+        let (plan, vals, params) = train::plan_of(config, images.n, true)?;
+        let (graph, kinds) = distinct(plan.graph, config, vals.control);
+        eprintln!("{name}: {} distinct ops", kinds.len());
+        let mut step = TrainingStep::bind(config, &images, Plan::new(graph, false), vals, &params, threads)?;
+        fill(&mut step, config.train.seed)?;
+        let rounds = Rounds::measure(&mut step, effort)?;
+        record.add(table(name, config.train.batch_size, step.graph(), &kinds, &rounds, ceilings));
+    }
+    Ok(())
+}
+
+fn table(name: &str, batch: usize, g: &Graph, kinds: &[Kind], rounds: &Rounds, ceilings: &Ceilings) -> Table {
+    let (machine, n) = (if rounds.busy { "busy" } else { "quiet" }, rounds.blocks.len());
+    let title =
+        format!("{name}, batch {batch}: distinct ops (outputs <- inputs), median of {n} blocks on a {machine} machine");
+    let mut table = Table::new(title);
+    for (i, kind) in kinds.iter().enumerate() {
+        let seconds = median(&rounds.blocks.iter().map(|b| b[i]).collect::<Vec<_>>());
+        let cost = kind.op.cost(g);
+        let bytes = cost.read + cost.written;
+        let bound = if ceilings.floor(cost.flops, 0.0) > ceilings.floor(0.0, bytes) { "flops" } else { "bytes" };
+        table.row(vec![
+            ("op", kind.op.name().into()),
+            ("count", kind.count.into()),
+            ("us", (1e6 * seconds).into()),
+            ("mflop", (cost.flops / 1e6).into()),
+            ("mb", (bytes / 1e6).into()),
+            ("gflop_s", (cost.flops / seconds / 1e9).into()),
+            ("gb_s", (bytes / seconds / 1e9).into()),
+            ("bound", bound.into()),
+            ("ceiling_pct", (100.0 * ceilings.floor(cost.flops, bytes) / seconds).into()),
+            ("shape", kind.shape.as_str().into()),
+        ]);
+    }
+    table
+}
+
+/// The list of every distinct op of a training step and of sampling, once each.
+fn distinct(mut g: Graph, config: &Config, control: Val) -> (Graph, Vec<Kind>) {
+    add_sampling(&mut g, config, control);
+    let (mut kinds, mut keys): (Vec<Kind>, Vec<_>) = Default::default();
+    for step in std::mem::take(&mut g.steps) {
+        let shape = shape(&g, &step.op);
+        let key = (step.op.name(), shape.clone(), step.op.cost(&g).flops.to_bits());
+        match keys.iter().position(|k| *k == key) {
+            Some(i) => kinds[i].count += 1,
+            None => {
+                keys.push(key);
+                kinds.push(Kind { op: step.op.clone(), count: 1, shape });
+                g.steps.push(step);
+            }
+        }
+    }
+    (g, kinds)
+}
+
+/// Appends the reverse step and the terms of the bound, which training does not have.
+fn add_sampling(g: &mut Graph, config: &Config, control: Val) {
+    let loss = g.steps.iter().find_map(|s| if let Op::HybridLoss(op) = &s.op { Some(op.clone()) } else { None });
+    let loss = loss.expect("a training step has a loss");
+    let (n, size) = (config.train.batch_size, g.shape(loss.x_t));
+    let mut state = |name, shape| g.fixed(name, shape, DType::F32, Region::State);
+    let (x, x_0) = (state("x", size), state("x_0", size));
+    let [vb, x_0_mse, eps_mse] = ["vb", "x_0_mse", "eps_mse"].map(|name| state(name, Shape::rows(n, 1)));
+    let seeds = g.fixed("seeds", Shape::rows(n, 2), DType::I32, Region::Inputs);
+    let d = &config.diffusion;
+    let output = Output { mean_type: d.mean_type, var_type: d.var_type };
+    let (out, process) = (loss.out, loss.process.clone());
+    g.push(PSample { x, x_0, out, seeds, control, reverse: Reverse::Ancestral, output, clip: true, process });
+    let (images, x_t, eps, t) = (loss.images, loss.x_t, loss.eps, loss.t);
+    let (objective, process) = (loss.objective, loss.process);
+    g.push(VbTerms { vb, x_0_mse, eps_mse, out, images, x_t, eps, t, objective, clip: true, process });
+}
+
+/// "outputs <- inputs", small vectors left out.
+fn shape(g: &Graph, op: &Op) -> String {
+    let list = |vals: Vec<Val>| {
+        let large = |s: &Shape| s.h * s.w > 1 || s.n > 1;
+        let mut shapes: Vec<String> = vals.iter().map(|&v| g.shape(v)).filter(large).map(|s| s.to_string()).collect();
+        if shapes.is_empty() {
+            shapes = vals.iter().map(|&v| g.shape(v).to_string()).collect();
+        }
+        shapes.join(" ")
+    };
+    format!("{} <- {}", list(op.outputs()), list(op.inputs()))
+}
+
+/// Writes normal numbers to every value that an op reads and none may write.
+fn fill(step: &mut TrainingStep, seed: u64) -> Result<()> {
+    let g = step.graph().clone();
+    for (k, v) in g.steps.iter().flat_map(|s| s.op.inputs()).enumerate() {
+        let own = matches!(g[v].place, Place::Arena | Place::Fixed(Region::State, _));
+        if own && g[v].dtype == DType::F32 {
+            let mut x = vec![0.0; g.shape(v).len()];
+            rng::fill_normal(&mut x, seed, 0, k as u32, rng::op::PARAM_INIT);
+            step.device.write(step.id, v, &x)?;
+        }
+    }
+    Ok(())
+}
+
+/// Seconds of each op of the list, by block.
+struct Rounds {
+    blocks: Vec<Vec<f64>>,
+    /// Others used the machine in all but a few blocks.
+    busy: bool,
+}
+
+impl Rounds {
+    /// Runs the list again and again; a block is the median over the rounds that fill it.
+    fn measure(step: &mut TrainingStep, effort: &Effort) -> Result<Self> {
+        step.run()?;
+        let ops = step.graph().steps.len();
+        let (mut all, mut quiet) = (Vec::new(), Vec::new());
+        let begin = Instant::now();
+        while quiet.len() < effort.blocks.max(1)
+            && (all.len() < FEWEST || begin.elapsed().as_secs_f64() < effort.limit_s)
+        {
+            let (before, start) = (Load::now(), Instant::now());
+            let mut rounds = Vec::new();
+            while rounds.is_empty() || start.elapsed().as_secs_f64() < effort.block_s {
+                let mut seconds = vec![0.0; ops];
+                step.run_timed(&mut seconds)?;
+                rounds.push(seconds);
+            }
+            let is_quiet = before.foreign(&Load::now()).is_none_or(|f| f <= QUIET);
+            let of = |i: usize| median(&rounds.iter().map(|s: &Vec<f64>| s[i]).collect::<Vec<_>>());
+            let block: Vec<f64> = (0..ops).map(of).collect();
+            if is_quiet {
+                quiet.push(block.clone());
+            }
+            all.push(block);
+        }
+        let busy = quiet.len() < FEWEST;
+        Ok(Rounds { blocks: if busy { all } else { quiet }, busy })
+    }
+}

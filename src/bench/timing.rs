@@ -1,0 +1,157 @@
+//! How a time is taken: warm-up, then blocks of equal numbers of calls until enough of them ran on a quiet machine.
+
+use super::load::{Load, QUIET};
+use crate::error::Result;
+use serde::Serialize;
+use std::time::Instant;
+
+/// How long to measure.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Effort {
+    /// Least seconds of one block.
+    pub block_s: f64,
+    /// Quiet blocks wanted.
+    pub blocks: usize,
+    /// Seconds after which no new block starts.
+    pub limit_s: f64,
+}
+
+impl Default for Effort {
+    fn default() -> Self {
+        Effort { block_s: 0.25, blocks: 9, limit_s: 12.0 }
+    }
+}
+
+/// Fewest blocks that a median is taken over.
+pub const FEWEST: usize = 3;
+
+/// Times per call over blocks, in seconds.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Timing {
+    /// Median over the blocks.
+    pub median: f64,
+    /// Fastest block.
+    pub min: f64,
+    /// Slowest block.
+    pub max: f64,
+    /// Blocks that count: the quiet ones, or all of them if `busy`.
+    pub blocks: usize,
+    /// Calls in one block.
+    pub calls: usize,
+    /// Share of the cores that others used, median over the blocks that count; None where the system does not tell.
+    pub foreign: Option<f64>,
+    /// Others used the machine in all but a few blocks: the figures are not its speed.
+    pub busy: bool,
+}
+
+/// One block: seconds per call and the foreign load meanwhile.
+#[derive(Clone, Copy, Debug)]
+struct Block {
+    seconds: f64,
+    foreign: Option<f64>,
+}
+
+impl Timing {
+    /// (max - min)/median.
+    pub fn spread(&self) -> f64 {
+        (self.max - self.min) / self.median
+    }
+
+    /// The time of one of the `n` equal parts that a call consisted of.
+    pub fn per(&self, n: usize) -> Self {
+        let n = n as f64;
+        Timing { median: self.median / n, min: self.min / n, max: self.max / n, ..*self }
+    }
+
+    fn of(blocks: &[Block], calls: usize) -> Self {
+        let quiet: Vec<Block> = blocks.iter().copied().filter(|b| b.foreign.is_none_or(|f| f <= QUIET)).collect();
+        let busy = quiet.len() < FEWEST;
+        let used = if busy { blocks } else { &quiet };
+        let seconds: Vec<f64> = used.iter().map(|b| b.seconds).collect();
+        let foreign: Vec<f64> = used.iter().filter_map(|b| b.foreign).collect();
+        Timing {
+            median: median(&seconds),
+            min: seconds.iter().copied().fold(f64::INFINITY, f64::min),
+            max: seconds.iter().copied().fold(0.0, f64::max),
+            blocks: used.len(),
+            calls,
+            foreign: (!foreign.is_empty()).then(|| median(&foreign)),
+            busy,
+        }
+    }
+}
+
+/// The middle of `x`, or the mean of the two middle values; NaN of nothing.
+pub fn median(x: &[f64]) -> f64 {
+    let mut x = x.to_vec();
+    x.sort_by(f64::total_cmp);
+    match x.len() {
+        0 => f64::NAN,
+        n => (x[(n - 1) / 2] + x[n / 2]) / 2.0,
+    }
+}
+
+/// Times `f` after one call that is not counted.
+///
+/// Blocks are taken until `effort.blocks` of them were quiet, at most `effort.limit_s` seconds, and at least [`FEWEST`].
+///
+/// # Errors
+/// Those of `f`.
+pub fn measure(effort: &Effort, mut f: impl FnMut() -> Result<()>) -> Result<Timing> {
+    let begin = Instant::now();
+    f()?;
+    let once = begin.elapsed().as_secs_f64();
+    let (begin, mut calls) = (Instant::now(), 1);
+    if once < effort.block_s {
+        f()?;
+        calls = (effort.block_s / begin.elapsed().as_secs_f64().max(1e-9)).ceil() as usize;
+    }
+    let (mut blocks, mut quiet) = (Vec::new(), 0);
+    while quiet < effort.blocks.max(1) && (blocks.len() < FEWEST || begin.elapsed().as_secs_f64() < effort.limit_s) {
+        let (before, start) = (Load::now(), Instant::now());
+        for _ in 0..calls.max(1) {
+            f()?;
+        }
+        let seconds = start.elapsed().as_secs_f64() / calls.max(1) as f64;
+        let foreign = before.foreign(&Load::now());
+        quiet += usize::from(foreign.is_none_or(|f| f <= QUIET));
+        blocks.push(Block { seconds, foreign });
+    }
+    Ok(Timing::of(&blocks, calls.max(1)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn blocks(of: &[(f64, f64)]) -> Vec<Block> {
+        of.iter().map(|&(seconds, foreign)| Block { seconds, foreign: Some(foreign) }).collect()
+    }
+
+    #[test]
+    fn only_quiet_blocks_count() {
+        let t = Timing::of(&blocks(&[(1.0, 0.0), (9.0, 0.5), (3.0, 0.01), (2.0, 0.02)]), 7);
+        assert_eq!((t.median, t.min, t.max, t.blocks, t.calls, t.busy), (2.0, 1.0, 3.0, 3, 7, false));
+        assert_eq!(t.foreign, Some(0.01));
+        assert_eq!(t.spread(), 1.0);
+    }
+
+    #[test]
+    fn too_few_quiet_blocks_make_it_busy() {
+        let t = Timing::of(&blocks(&[(1.0, 0.0), (9.0, 0.5), (3.0, 0.3), (2.0, 0.02)]), 1);
+        assert_eq!((t.median, t.blocks, t.busy), (2.5, 4, true));
+    }
+
+    #[test]
+    fn a_block_has_as_many_calls_as_fill_it() {
+        let mut calls = 0;
+        let effort = Effort { block_s: 0.02, blocks: 3, limit_s: 0.2 };
+        let t = measure(&effort, || {
+            calls += 1;
+            std::thread::sleep(std::time::Duration::from_millis(2));
+            Ok(())
+        })
+        .unwrap();
+        assert!(t.median >= 0.002 && t.calls >= 2 && calls >= 2 + FEWEST * t.calls, "{t:?} after {calls} calls");
+    }
+}

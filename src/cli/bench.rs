@@ -1,0 +1,131 @@
+//! `iddpm bench`: measurements, each in [`crate::bench`].
+
+use super::Global;
+use crate::bench::ceilings::Ceilings;
+use crate::bench::configs::{self, Named};
+use crate::bench::record::Record;
+use crate::bench::timing::Effort;
+use crate::bench::{kernels, sample, startup, step};
+use crate::device::Device;
+use crate::error::{Error, Result};
+use clap::{Args, Subcommand};
+use std::path::PathBuf;
+
+/// What to measure.
+#[derive(Subcommand, Clone, Debug)]
+pub enum BenchCommand {
+    /// A whole training step, and where its time goes
+    #[command(
+        after_help = "Examples:\n  iddpm bench step\n  iddpm bench step --config cifar10 --batch-size 4 --json step.json"
+    )]
+    Step(BenchArgs),
+    /// Each op of a training step and of sampling, at its shapes
+    #[command(after_help = "Example:\n  iddpm bench kernels --config t3")]
+    Kernels(BenchArgs),
+    /// One reverse step, ancestral and DDIM, and the pictures per second that follow
+    #[command(after_help = "Example:\n  iddpm bench sample --config t1,t3 --batches 1,16")]
+    Sample {
+        #[command(flatten)]
+        bench: BenchArgs,
+        /// Pictures made at the same time
+        #[arg(long, value_delimiter = ',', default_values_t = [1, 16, 64, 128])]
+        batches: Vec<usize>,
+    },
+    /// From the start of the process to its first training step
+    #[command(after_help = "Example:\n  iddpm bench startup --config digits")]
+    Startup(BenchArgs),
+    /// Planned memory of training, and the most the process held
+    #[command(after_help = "Example:\n  iddpm bench memory --config t1,t4")]
+    Memory(BenchArgs),
+    /// Makes a training step, runs it twice and prints what that took: the process that startup and memory watch
+    #[command(hide = true)]
+    FirstStep(BenchArgs),
+}
+
+/// Flags of every measurement.
+#[derive(Args, Clone, Debug)]
+pub struct BenchArgs {
+    /// Configurations: t1 to t4 (small), presets, or `all` [default: t1,t2,t3,t4; kernels and sample: t1]
+    #[arg(long, value_delimiter = ',', value_name = "NAMES")]
+    config: Vec<String>,
+    /// Images per step [default: that of the configuration]
+    #[arg(long)]
+    batch_size: Option<usize>,
+    /// Write everything to this file
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Blocks to take on a quiet machine
+    #[arg(long, default_value_t = Effort::default().blocks)]
+    blocks: usize,
+    /// Least seconds of a block
+    #[arg(long, default_value_t = Effort::default().block_s)]
+    block_seconds: f64,
+    /// Seconds per measurement after which no new block starts
+    #[arg(long, default_value_t = Effort::default().limit_s)]
+    limit_seconds: f64,
+}
+
+impl BenchArgs {
+    fn configs(&self, default: &[&str]) -> Result<Vec<Named>> {
+        let own = |list: &[&str]| list.iter().map(|s| s.to_string()).collect::<Vec<_>>();
+        let list = match self.config.first().map(String::as_str) {
+            None => own(default),
+            Some("all") => own(&configs::names()),
+            Some(_) => self.config.clone(),
+        };
+        configs::named(&list, self.batch_size)
+    }
+
+    fn effort(&self) -> Result<Effort> {
+        let effort = Effort { block_s: self.block_seconds, blocks: self.blocks, limit_s: self.limit_seconds };
+        let usable = |x: f64| x.is_finite() && x >= 0.0;
+        if effort.blocks == 0 || !usable(effort.block_s) || !usable(effort.limit_s) {
+            return Err(Error::Config(format!(
+                "--blocks {}, --block-seconds {}, --limit-seconds {}: at least one block and no negative time is needed",
+                effort.blocks, effort.block_s, effort.limit_s
+            )));
+        }
+        Ok(effort)
+    }
+}
+
+const SMALL: [&str; 4] = ["t1", "t2", "t3", "t4"];
+
+/// Measures.
+///
+/// # Errors
+/// Those of the measurement.
+pub fn main(command: &BenchCommand, global: &Global) -> Result<()> {
+    let threads = global.threads.unwrap_or(0);
+    let (name, args) = match command {
+        BenchCommand::Step(a) => ("step", a),
+        BenchCommand::Kernels(a) => ("kernels", a),
+        BenchCommand::Sample { bench, .. } => ("sample", bench),
+        BenchCommand::Startup(a) => ("startup", a),
+        BenchCommand::Memory(a) => ("memory", a),
+        BenchCommand::FirstStep(a) => return startup::child(&a.configs(&SMALL[..1])?[0], threads),
+    };
+    let one = matches!(command, BenchCommand::Kernels(_) | BenchCommand::Sample { .. });
+    let (list, effort) = (args.configs(if one { &SMALL[..1] } else { &SMALL })?, args.effort()?);
+    let device = Device::cpu(threads)?;
+    let Device::Cpu(cpu) = &device;
+    let count = cpu.threads();
+    // Seconds and bytes of a process are compared with nothing that the machine could do at most.
+    let whole = matches!(command, BenchCommand::Startup(_) | BenchCommand::Memory(_));
+    let ceilings = if whole { None } else { Some(Ceilings::measure(&device, &effort)?) };
+    let mut record = Record::new(name, "cpu", count, &effort, ceilings.as_ref());
+    record.set(
+        "configurations",
+        list.iter().map(|n| (n.name.clone(), &n.config)).collect::<std::collections::BTreeMap<_, _>>(),
+    );
+    match (command, &ceilings) {
+        (BenchCommand::Step(_), Some(c)) => step::step(&mut record, &list, threads, &effort, c)?,
+        (BenchCommand::Kernels(_), Some(c)) => kernels::kernels(&mut record, &list, threads, &effort, c)?,
+        (BenchCommand::Sample { batches, .. }, Some(c)) => {
+            sample::sample(&mut record, &list, batches, threads, &effort, c)?;
+        }
+        (BenchCommand::Memory(_), _) => startup::memory(&mut record, &list, threads)?,
+        _ => startup::startup(&mut record, &list, threads, &effort)?,
+    }
+    args.json.as_ref().map_or(Ok(()), |path| record.save(path))
+}

@@ -1,0 +1,408 @@
+//! Flags that describe a configuration: the network and the process, shared by every command, and training.
+//!
+//! For a new run they change a preset; for a checkpoint they must agree with what it holds. Names are those of the
+//! reference; [`super::normalise`] lets them be written with dashes or underscores.
+
+use crate::config::{Config, DataConfig, FirstStep, LossType, MeanType, Schedule, TimestepSampler, VarType, preset};
+use crate::data::{DataSpec, Dataset, Labels, Split};
+use crate::error::{Error, Result};
+use std::path::{Path, PathBuf};
+
+/// Every `Option<bool>` flag is marked by this value name; [`super::command`] gives them [`boolean`] as parser.
+pub const BOOL: &str = "BOOL";
+
+/// `yes true t y 1` and `no false f n 0` in any case, as the reference's flags take them.
+///
+/// # Errors
+/// A text that is neither; clap prints it with the flag.
+pub fn boolean(text: &str) -> std::result::Result<bool, String> {
+    match text.to_ascii_lowercase().as_str() {
+        "yes" | "true" | "t" | "y" | "1" => Ok(true),
+        "no" | "false" | "f" | "n" | "0" => Ok(false),
+        _ => Err("use True or False (also yes, t, y, 1; no, f, n, 0)".into()),
+    }
+}
+
+/// The network and the diffusion process.
+#[derive(clap::Args, Clone, Debug, Default)]
+pub struct ModelFlags {
+    /// Height and width of the images
+    #[arg(long, help_heading = "Network")]
+    pub image_size: Option<usize>,
+    /// Channels of the images [default: those of the data]
+    #[arg(long, help_heading = "Network")]
+    pub channels: Option<usize>,
+    /// Base width of the network, a multiple of 32
+    #[arg(long, help_heading = "Network")]
+    pub num_channels: Option<usize>,
+    /// Residual blocks per level
+    #[arg(long, help_heading = "Network")]
+    pub num_res_blocks: Option<usize>,
+    /// Width of each level as multiples of --num-channels: 1,2,2,2
+    #[arg(long, value_delimiter = ',', help_heading = "Network")]
+    pub channel_mult: Option<Vec<usize>>,
+    /// Image sizes at which attention runs: 16,8
+    #[arg(long, value_delimiter = ',', help_heading = "Network")]
+    pub attention_resolutions: Option<Vec<usize>>,
+    /// Attention heads
+    #[arg(long, help_heading = "Network")]
+    pub num_heads: Option<usize>,
+    /// Attention heads on the way up; -1 is --num-heads
+    #[arg(long, allow_negative_numbers = true, help_heading = "Network")]
+    pub num_heads_upsample: Option<i64>,
+    /// Dropout probability
+    #[arg(long, help_heading = "Network")]
+    pub dropout: Option<f32>,
+    /// Condition on the class label
+    #[arg(long, value_name = BOOL, help_heading = "Network")]
+    pub class_cond: Option<bool>,
+    /// Time embedding as scale and shift of a norm, rather than added
+    #[arg(long, value_name = BOOL, help_heading = "Network")]
+    pub use_scale_shift_norm: Option<bool>,
+    /// Learned resampling, rather than average pooling and plain enlargement
+    #[arg(long, value_name = BOOL, help_heading = "Network")]
+    pub conv_resample: Option<bool>,
+    /// Learn the variance of the reverse step
+    #[arg(long, value_name = BOOL, help_heading = "Diffusion")]
+    pub learn_sigma: Option<bool>,
+    /// Fixed variance: beta_tilde rather than beta
+    #[arg(long, value_name = BOOL, help_heading = "Diffusion")]
+    pub sigma_small: Option<bool>,
+    /// Steps T of the process
+    #[arg(long, help_heading = "Diffusion")]
+    pub diffusion_steps: Option<usize>,
+    /// Noise schedule
+    #[arg(long, value_enum, help_heading = "Diffusion")]
+    pub noise_schedule: Option<Schedule>,
+    /// Objective L_vlb, the bound alone
+    #[arg(long, value_name = BOOL, help_heading = "Diffusion")]
+    pub use_kl: Option<bool>,
+    /// Predict the clean image rather than the noise
+    #[arg(long, value_name = BOOL, help_heading = "Diffusion")]
+    pub predict_xstart: Option<bool>,
+    /// The network sees t·1000/T rather than t
+    #[arg(long, value_name = BOOL, help_heading = "Diffusion")]
+    pub rescale_timesteps: Option<bool>,
+    /// Weigh the bound by T/1000 in the hybrid objective
+    #[arg(long, value_name = BOOL, help_heading = "Diffusion")]
+    pub rescale_learned_sigmas: Option<bool>,
+    /// Term of the bound at the last step
+    #[arg(long, value_enum, help_heading = "Diffusion")]
+    pub vb_first_step: Option<FirstStep>,
+    /// Accepted for the reference's command lines; the CPU computes in f32
+    #[arg(long, value_name = BOOL, hide = true)]
+    pub use_fp16: Option<bool>,
+    /// Accepted for the reference's command lines; memory is planned instead
+    #[arg(long, value_name = BOOL, hide = true)]
+    pub use_checkpoint: Option<bool>,
+}
+
+/// The optimiser, the batch and what is drawn at random.
+#[derive(clap::Args, Clone, Debug, Default)]
+pub struct TrainFlags {
+    /// Named configuration that the other flags change: digits, mnist, cifar10, cifar10-vlb, imagenet64,
+    /// imagenet64-vlb, imagenet64-cond, lsun256, lsun256-bs64, reference [default: digits; reference with --data-dir]
+    #[arg(long)]
+    pub preset: Option<String>,
+    /// Optimiser steps after which training ends [default: of the preset]
+    #[arg(long, help_heading = "Training")]
+    pub steps: Option<u64>,
+    /// Learning rate
+    #[arg(long, help_heading = "Training")]
+    pub lr: Option<f64>,
+    /// Decoupled weight decay
+    #[arg(long, help_heading = "Training")]
+    pub weight_decay: Option<f64>,
+    /// Let the rate fall to 0 over this many steps and stop there; 0: constant rate
+    #[arg(long, help_heading = "Training")]
+    pub lr_anneal_steps: Option<u64>,
+    /// Let the rate rise over this many steps; 0: at once
+    #[arg(long, help_heading = "Training")]
+    pub warmup_steps: Option<u64>,
+    /// Largest norm of the gradients; 0: no limit
+    #[arg(long, help_heading = "Training")]
+    pub grad_clip: Option<f64>,
+    /// Images per step
+    #[arg(long, help_heading = "Training")]
+    pub batch_size: Option<usize>,
+    /// Images per pass, to save memory; -1: the whole batch
+    #[arg(long, allow_negative_numbers = true, help_heading = "Training")]
+    pub microbatch: Option<i64>,
+    /// Rates of the moving averages of the weights: 0.9999,0.99
+    #[arg(long, value_delimiter = ',', help_heading = "Training")]
+    pub ema_rate: Option<Vec<f64>>,
+    /// Choice of t
+    #[arg(long, value_enum, help_heading = "Training")]
+    pub schedule_sampler: Option<TimestepSampler>,
+    /// Mirror half of the images
+    #[arg(long, value_name = BOOL, help_heading = "Training")]
+    pub flip: Option<bool>,
+    /// Use part of the steps: 250, 10,15,20 or ddim50
+    #[arg(long, help_heading = "Diffusion")]
+    pub timestep_respacing: Option<String>,
+    /// Accepted for the reference's command lines; there is no loss scale in f32
+    #[arg(long, hide = true)]
+    pub fp16_scale_growth: Option<f64>,
+}
+
+/// Which images to load.
+#[derive(clap::Args, Clone, Debug, Default)]
+pub struct DataFlags {
+    /// Folder of images, MNIST's idx files, CIFAR's .bin files, a .tar(.gz), an .npz, or `digits` (built in)
+    #[arg(long, value_name = "PATH", help_heading = "Data")]
+    pub data_dir: Option<PathBuf>,
+    /// Where labels come from: auto, none, prefix (of the file name up to _) or folder
+    #[arg(long, value_name = "SOURCE", value_parser = choice::<Labels>, help_heading = "Data")]
+    pub labels_from: Option<Labels>,
+    /// Part of a set that has parts: train, test or all
+    #[arg(long, value_parser = choice::<Split>, help_heading = "Data")]
+    pub split: Option<Split>,
+    /// Use at most this many images, evenly spaced over the set
+    #[arg(long, value_name = "N", help_heading = "Data")]
+    pub limit: Option<usize>,
+}
+
+impl DataFlags {
+    /// The set that the flags name; what they leave open is as `recorded`, or else the default.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when the record is damaged.
+    pub fn spec(&self, recorded: &DataConfig, threads: Option<usize>) -> Result<DataSpec> {
+        let source = if recorded.source.is_empty() { "digits" } else { &recorded.source };
+        let same = self.data_dir.as_deref().is_none_or(|p| p == Path::new(source));
+        let mut spec = DataSpec::new(self.data_dir.clone().unwrap_or_else(|| source.into()));
+        if same && !recorded.labels.is_empty() {
+            let bad = |what| Error::Config(format!("damaged record of the training data: {what}"));
+            spec.labels = choice(&recorded.labels).map_err(bad)?;
+            spec.split = choice(&recorded.split).map_err(bad)?;
+            spec.limit = recorded.limit;
+        }
+        set(&mut spec.labels, &self.labels_from);
+        set(&mut spec.split, &self.split);
+        spec.limit = self.limit.or(spec.limit);
+        spec.threads = threads;
+        Ok(spec)
+    }
+}
+
+/// What a checkpoint records of the set `data`, loaded by `spec`.
+pub fn record_data(spec: &DataSpec, data: &Dataset) -> DataConfig {
+    let spelled = |v: serde_json::Result<serde_json::Value>| {
+        v.ok().and_then(|v| v.as_str().map(String::from)).expect("a choice without fields is a word")
+    };
+    let (mean, std) = channel_moments(&data.pixels, data.c);
+    DataConfig {
+        source: spec.path.to_string_lossy().into_owned(),
+        labels: spelled(serde_json::to_value(spec.labels)),
+        split: spelled(serde_json::to_value(spec.split)),
+        limit: spec.limit,
+        images: data.n,
+        classes: data.classes.clone(),
+        fingerprint: data.fingerprint(),
+        mean,
+        std,
+    }
+}
+
+/// Mean and standard deviation of each channel of `pixels` (.., c), 0 to 255.
+pub fn channel_moments(pixels: &[u8], c: usize) -> (Vec<f64>, Vec<f64>) {
+    let moments = |k: usize| {
+        let mut count = [0u64; 256];
+        pixels.iter().skip(k).step_by(c).for_each(|&b| count[b as usize] += 1);
+        let n = count.iter().sum::<u64>().max(1) as f64;
+        let mean = count.iter().enumerate().map(|(b, &m)| b as f64 * m as f64).sum::<f64>() / n;
+        let square = count.iter().enumerate().map(|(b, &m)| (b as f64 - mean).powi(2) * m as f64).sum::<f64>() / n;
+        (mean, square.sqrt())
+    };
+    (0..c).map(moments).unzip()
+}
+
+/// Mean and deviation of pictures beside those of the training images: a tint or a lack of contrast shows here.
+pub fn brightness(pixels: &[u8], recorded: &DataConfig) -> String {
+    let text = |(mean, std): (&[f64], &[f64])| {
+        let channels = mean.iter().zip(std).map(|(m, s)| format!("{m:.1} ± {s:.1}"));
+        channels.collect::<Vec<_>>().join(", ")
+    };
+    let (mean, std) = channel_moments(pixels, recorded.mean.len().max(1));
+    let data = text((&recorded.mean, &recorded.std));
+    format!("mean ± deviation by channel: {}; of the training images: {data}", text((&mean, &std)))
+}
+
+/// One of the words that `T` is written as.
+///
+/// # Errors
+/// Another word; the text lists them.
+pub fn choice<T: serde::de::DeserializeOwned>(word: &str) -> std::result::Result<T, String> {
+    serde_json::from_value(word.into()).map_err(|e| e.to_string())
+}
+
+impl ModelFlags {
+    /// Changes `c` to what the flags say.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for an attention size that no level of the network has.
+    pub fn apply(&self, c: &mut Config) -> Result<()> {
+        let m = &mut c.model;
+        let pixels: Vec<usize> = m.attention_resolutions.iter().map(|f| m.image_size / f).collect();
+        if let Some(size) = self.image_size.filter(|&s| s != m.image_size) {
+            m.image_size = size;
+            m.channel_mult = preset::channel_mult(size).unwrap_or_else(|| m.channel_mult.clone());
+        }
+        set(&mut m.channel_mult, &self.channel_mult);
+        let factor = |size: &usize| m.level_sizes().iter().position(|s| s == size).map(|level| 1 << level);
+        m.attention_resolutions = match &self.attention_resolutions {
+            Some(sizes) => sizes.iter().map(|s| factor(s).ok_or_else(|| m.no_such_level(*s))).collect::<Result<_>>()?,
+            None => pixels.iter().filter_map(factor).collect(),
+        };
+        set(&mut m.in_channels, &self.channels);
+        set(&mut m.model_channels, &self.num_channels);
+        set(&mut m.num_res_blocks, &self.num_res_blocks);
+        let tied = m.num_heads == m.num_heads_upsample;
+        set(&mut m.num_heads, &self.num_heads);
+        match self.num_heads_upsample {
+            Some(heads) => m.num_heads_upsample = usize::try_from(heads).unwrap_or(m.num_heads),
+            None if tied => m.num_heads_upsample = m.num_heads,
+            None => {}
+        }
+        set(&mut m.dropout, &self.dropout);
+        set(&mut m.use_scale_shift_norm, &self.use_scale_shift_norm);
+        set(&mut m.conv_resample, &self.conv_resample);
+        match self.class_cond {
+            Some(true) => m.num_classes = m.num_classes.or(Some(c.data.classes.len())),
+            Some(false) => m.num_classes = None,
+            None => {}
+        }
+        self.apply_diffusion(c);
+        c.model.out_channels = c.model.in_channels * if c.diffusion.learns_variance() { 2 } else { 1 };
+        Ok(())
+    }
+
+    /// The objective and the variance follow from several flags together, as in the reference.
+    fn apply_diffusion(&self, c: &mut Config) {
+        let d = &mut c.diffusion;
+        set(&mut d.diffusion_steps, &self.diffusion_steps);
+        set(&mut d.noise_schedule, &self.noise_schedule);
+        set(&mut d.rescale_timesteps, &self.rescale_timesteps);
+        set(&mut d.vb_first_step, &self.vb_first_step);
+        match self.predict_xstart {
+            Some(true) => d.mean_type = MeanType::XStart,
+            Some(false) => d.mean_type = MeanType::Epsilon,
+            None => {}
+        }
+        let small = self.sigma_small.unwrap_or(d.var_type == VarType::FixedSmall);
+        d.var_type = match (self.learn_sigma.unwrap_or(d.learns_variance()), small) {
+            (true, _) => VarType::LearnedRange,
+            (false, true) => VarType::FixedSmall,
+            (false, false) => VarType::FixedLarge,
+        };
+        let kl = matches!(d.loss_type, LossType::Kl | LossType::RescaledKl);
+        let rescale = self.rescale_learned_sigmas.unwrap_or(d.loss_type != LossType::Mse);
+        d.loss_type = match (self.use_kl.unwrap_or(kl), rescale) {
+            (true, _) => LossType::RescaledKl,
+            (false, true) => LossType::RescaledMse,
+            (false, false) => LossType::Mse,
+        };
+    }
+
+    /// What is accepted without an effect, said once.
+    pub fn notes(&self) {
+        if self.use_fp16 == Some(true) {
+            eprintln!("note: --use-fp16 has no effect: the CPU computes in f32");
+        }
+        if self.use_checkpoint == Some(true) {
+            eprintln!("note: --use-checkpoint has no effect: lower --microbatch to save memory");
+        }
+    }
+}
+
+impl TrainFlags {
+    /// Changes the training settings of `c` to what the flags say.
+    pub fn apply(&self, seed: Option<u64>, c: &mut Config) {
+        let t = &mut c.train;
+        set(&mut t.lr, &self.lr);
+        set(&mut t.weight_decay, &self.weight_decay);
+        set(&mut t.lr_anneal_steps, &self.lr_anneal_steps);
+        // The reference ends where the rate reaches 0; --steps may end earlier.
+        if let Some(end) = self.lr_anneal_steps.filter(|&n| n > 0) {
+            t.steps = end;
+        }
+        set(&mut t.steps, &self.steps);
+        set(&mut t.warmup_steps, &self.warmup_steps);
+        set(&mut t.grad_clip, &self.grad_clip);
+        set(&mut t.batch_size, &self.batch_size);
+        if let Some(n) = self.microbatch {
+            t.microbatch = usize::try_from(n).unwrap_or(0);
+        }
+        set(&mut t.ema_rates, &self.ema_rate);
+        set(&mut t.schedule_sampler, &self.schedule_sampler);
+        set(&mut t.flip, &self.flip);
+        set(&mut t.seed, &seed);
+        set(&mut c.diffusion.timestep_respacing, &self.timestep_respacing);
+    }
+}
+
+fn set<T: Clone>(field: &mut T, flag: &Option<T>) {
+    if let Some(value) = flag {
+        field.clone_from(value);
+    }
+}
+
+/// Holds what the flags ask (`asked`: the recorded configuration changed by them) against what `path` records.
+///
+/// # Errors
+/// [`Error::Config`] naming the first flag that disagrees and both values. `free` flags may differ.
+pub fn agree(path: &Path, recorded: &Config, asked: &Config, free: &[&str]) -> Result<()> {
+    for ((flag, have), (_, want)) in recorded.settings().into_iter().zip(asked.settings()) {
+        if have != want && !free.contains(&flag) {
+            let path = path.display();
+            return Err(Error::Config(format!(
+                "--{flag} {want} disagrees with {path}, which has {flag} {have}: leave the flag out"
+            )));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn objective_and_variance_follow_the_reference() {
+        let build = |f: ModelFlags| {
+            let mut c = Config::default();
+            f.apply(&mut c).unwrap();
+            (c.diffusion.var_type, c.diffusion.loss_type, c.model.out_channels)
+        };
+        let none = ModelFlags::default();
+        assert_eq!(build(none.clone()), (VarType::FixedLarge, LossType::RescaledMse, 3));
+        let learned = ModelFlags { learn_sigma: Some(true), sigma_small: Some(true), ..none.clone() };
+        assert_eq!(build(learned), (VarType::LearnedRange, LossType::RescaledMse, 6));
+        let small = ModelFlags { sigma_small: Some(true), rescale_learned_sigmas: Some(false), ..none.clone() };
+        assert_eq!(build(small), (VarType::FixedSmall, LossType::Mse, 3));
+        let kl = ModelFlags { use_kl: Some(true), rescale_learned_sigmas: Some(true), ..none };
+        assert_eq!(build(kl), (VarType::FixedLarge, LossType::RescaledKl, 3));
+    }
+
+    #[test]
+    fn attention_is_given_in_pixels() {
+        let mut c = Config::default();
+        ModelFlags { image_size: Some(32), ..Default::default() }.apply(&mut c).unwrap();
+        assert_eq!(
+            (c.model.channel_mult.as_slice(), c.model.attention_resolutions.as_slice()),
+            (&[1, 2, 2, 2][..], &[2, 4][..])
+        );
+        ModelFlags { attention_resolutions: Some(vec![4]), ..Default::default() }.apply(&mut c).unwrap();
+        assert_eq!(c.model.attention_resolutions, [8]);
+    }
+
+    #[test]
+    fn disagreement_names_flag_and_values() {
+        let recorded = Config::default();
+        let mut asked = recorded.clone();
+        ModelFlags { diffusion_steps: Some(50), ..Default::default() }.apply(&mut asked).unwrap();
+        let text = agree(Path::new("m.safetensors"), &recorded, &asked, &[]).unwrap_err().to_string();
+        assert!(["--diffusion-steps 50", "m.safetensors", "1000"].iter().all(|p| text.contains(p)), "{text}");
+        assert!(agree(Path::new("m"), &recorded, &asked, &["diffusion-steps"]).is_ok());
+    }
+}

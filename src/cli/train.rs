@@ -1,0 +1,221 @@
+//! `iddpm train`: from flags, a preset or a checkpoint to a run.
+
+use super::flags::{self, DataFlags, ModelFlags, TrainFlags};
+use super::{Global, create_folder};
+use crate::checkpoint::{self, Checkpoint};
+use crate::config::preset::preset;
+use crate::config::{Config, ModelConfig};
+use crate::data::{self, Dataset};
+use crate::device::{Device, Weights};
+use crate::error::{Error, Result};
+use crate::grid::{self, ToByte};
+use crate::ops::p_sample::Reverse;
+use crate::sampler::{Pictures, SampleSettings, Sampler};
+use crate::train::run::{self, Options};
+use crate::train::{Trainer, check_data, log};
+use clap::Args;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// Steps of the sampler of a preview.
+const PREVIEW_STEPS: usize = 50;
+/// Pictures of a preview.
+const PREVIEW_PICTURES: usize = 16;
+
+/// Flags of `iddpm train`.
+#[derive(Args, Clone, Debug)]
+pub struct TrainArgs {
+    #[command(flatten)]
+    train: TrainFlags,
+    #[command(flatten)]
+    model: ModelFlags,
+    #[command(flatten)]
+    data: DataFlags,
+    /// Go on from a checkpoint: a file, a run's folder, or alone the newest one in --out
+    #[arg(long, value_name = "PATH", num_args = 0..=1, default_missing_value = "", help_heading = "Run")]
+    resume: Option<PathBuf>,
+    /// The same under the reference's name; empty is a new run
+    #[arg(long, value_name = "PATH", hide = true)]
+    resume_checkpoint: Option<PathBuf>,
+    /// Stop after this many minutes, saved
+    #[arg(long, help_heading = "Run")]
+    minutes: Option<f64>,
+    /// Steps between lines of the log
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..), help_heading = "Run")]
+    log_interval: u64,
+    /// Steps between checkpoints [default: 10000, or a fifth of a shorter run]
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..), help_heading = "Run")]
+    save_interval: Option<u64>,
+    /// Steps between grids of samples; 0: only at the end [default: as --save-interval]
+    #[arg(long, help_heading = "Run")]
+    sample_interval: Option<u64>,
+    /// Checkpoints kept
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..), help_heading = "Run")]
+    keep: u16,
+}
+
+/// Where a run starts.
+struct Start {
+    config: Config,
+    out: PathBuf,
+    checkpoint: Option<Checkpoint>,
+}
+
+/// Trains.
+///
+/// # Errors
+/// Whatever the run meets; see [`run::run`].
+pub fn main(a: &TrainArgs, g: &Global) -> Result<()> {
+    a.model.notes();
+    let start = match a.resume_from(g) {
+        Some(place) => a.resumed(&place, g)?,
+        None => a.fresh(g)?,
+    };
+    let (config, data) = a.with_data(start.config, g)?;
+    let mut trainer = Trainer::new(config, Device::cpu(g.threads.unwrap_or(0))?, &data, true)?;
+    drop(data);
+    if let Some(checkpoint) = &start.checkpoint {
+        trainer.restore(checkpoint)?;
+    }
+    create_folder(&start.out)?;
+    let out = start.out.as_path();
+    println!("output    {}\n{}", out.display(), run::describe(&trainer));
+    let mut preview = Preview::default();
+    let options = a.options(out, trainer.config.train.steps);
+    run::run(&mut trainer, &options, &mut |t, path| preview.write(t, path))?;
+    println!("output    {}", out.display());
+    Ok(())
+}
+
+impl TrainArgs {
+    /// The place of the checkpoint to go on from, if one was asked for.
+    fn resume_from(&self, g: &Global) -> Option<PathBuf> {
+        let given = |p: &Option<PathBuf>| p.clone().filter(|p| !p.as_os_str().is_empty());
+        let alone = || self.resume.as_ref().map(|_| self.folder(g));
+        given(&self.resume).or_else(|| given(&self.resume_checkpoint)).or_else(alone)
+    }
+
+    fn preset_name(&self) -> &str {
+        let default = if self.data.data_dir.is_some() { "reference" } else { "digits" };
+        self.train.preset.as_deref().unwrap_or(default)
+    }
+
+    fn folder(&self, g: &Global) -> PathBuf {
+        g.out.clone().unwrap_or_else(|| Path::new("runs").join(self.preset_name()))
+    }
+
+    /// A new run: a preset changed by the flags, in a folder that holds none yet.
+    fn fresh(&self, g: &Global) -> Result<Start> {
+        let name = self.preset_name();
+        let mut config = preset(name)?;
+        if name != "digits" && self.data.data_dir.is_none() {
+            return Err(Error::Config(format!("--preset {name} needs images: give --data-dir")));
+        }
+        self.train.apply(g.seed, &mut config);
+        self.model.apply(&mut config)?;
+        let out = self.folder(g);
+        if out.join("log.jsonl").exists() || !checkpoint::list(&out).is_empty() {
+            let step = checkpoint::list(&out).pop().map_or("no checkpoint".into(), |(s, _)| format!("step {s}"));
+            let out = out.display();
+            return Err(Error::Config(format!(
+                "{out} already holds a run ({step}): --resume goes on with it, --out DIR starts another"
+            )));
+        }
+        Ok(Start { config, out, checkpoint: None })
+    }
+
+    /// The run whose checkpoint lies at `place`; flags may only lengthen it.
+    fn resumed(&self, place: &Path, g: &Global) -> Result<Start> {
+        let path = checkpoint::find(place)?;
+        let checkpoint = Checkpoint::open(&path)?;
+        let mut config = checkpoint.progress.config.clone();
+        let mut asked = match &self.train.preset {
+            None => config.clone(),
+            Some(name) => {
+                let mut asked = preset(name)?;
+                asked.data = config.data.clone();
+                asked.model.in_channels = config.model.in_channels;
+                asked
+            }
+        };
+        self.train.apply(g.seed, &mut asked);
+        self.model.apply(&mut asked)?;
+        flags::agree(&path, &config, &asked, &["steps"])?;
+        config.train.steps = self.train.steps.unwrap_or(config.train.steps);
+        let out = g.out.clone().or_else(|| path.parent().map(Path::to_path_buf)).unwrap_or_default();
+        Ok(Start { config, out, checkpoint: Some(checkpoint) })
+    }
+
+    /// Loads the images and fills in what depends on them: channels, classes, the record.
+    fn with_data(&self, mut config: Config, g: &Global) -> Result<(Config, Dataset)> {
+        let new = config.data.source.is_empty();
+        let mut spec = self.data.spec(&config.data, g.threads)?;
+        spec.image_size = Some(config.model.image_size);
+        spec.channels = if new { self.model.channels } else { Some(config.model.in_channels) };
+        // Mistakes in the settings are told before a long load; the classes are not known yet.
+        let model = ModelConfig { num_classes: None, ..config.model.clone() };
+        Config { model, ..config.clone() }.validate()?;
+        let data = data::open(&spec)?;
+        if new {
+            config.model.in_channels = data.c;
+            config.model.out_channels = data.c * if config.diffusion.learns_variance() { 2 } else { 1 };
+            config.model.num_classes = config.model.num_classes.map(|_| data.classes.len());
+        }
+        config.data = flags::record_data(&spec, &data);
+        check_data(&config, &data)?;
+        Ok((config, data))
+    }
+
+    fn options(&self, out: &Path, steps: u64) -> Options {
+        let save_interval = self.save_interval.unwrap_or(steps.div_ceil(5).min(10_000));
+        Options {
+            out: out.into(),
+            log_interval: self.log_interval,
+            save_interval,
+            sample_interval: self.sample_interval.unwrap_or(save_interval),
+            keep: self.keep.into(),
+            time_limit: self.minutes.map(|m| Duration::from_secs_f64(60.0 * m)),
+        }
+    }
+}
+
+/// Grids of samples during training: DDIM with few steps, the same seeds every time.
+#[derive(Default)]
+struct Preview(Option<Sampler>);
+
+impl Preview {
+    /// Writes a grid to `path`; returns what it is and how its brightness compares with the data.
+    fn write(&mut self, t: &mut Trainer, path: &Path) -> Result<String> {
+        let began = Instant::now();
+        let c = t.config.clone();
+        let sampler = match &mut self.0 {
+            Some(sampler) => sampler,
+            none => {
+                let mut process = c.diffusion.clone();
+                if t.process_steps() > PREVIEW_STEPS {
+                    process.timestep_respacing = PREVIEW_STEPS.to_string();
+                }
+                let settings = SampleSettings { reverse: Reverse::Ddim(0.0), clip: true, batch: PREVIEW_PICTURES };
+                none.insert(Sampler::new(&mut t.device, &c.model, &process, &t.params, &settings)?)
+            }
+        };
+        let average = run::ready_average(&c.train.ema_rates, t.step);
+        t.device.set_weights(sampler.id(), average.map_or(Weights::Live, Weights::Ema));
+        let seeds: Vec<u64> = (0..PREVIEW_PICTURES as u64).map(|i| c.train.seed.wrapping_add(i)).collect();
+        let labels = c.model.num_classes.map(|n| (0..PREVIEW_PICTURES).map(|i| (i % n) as i32).collect::<Vec<_>>());
+        let pictures = Pictures { seeds: &seeds, labels: labels.as_deref() };
+        let bytes = grid::to_bytes(&sampler.run(&mut t.device, pictures, &mut |_| Ok(()))?, ToByte::Round);
+        let images = grid::Images::new([c.model.image_size, c.model.image_size, c.model.in_channels], &bytes);
+        images.write_grid(path, images.visible_scale())?;
+        let weights = average.map_or("live weights, the averages are younger than their half-life".into(), |i| {
+            format!("average of rate {}", c.train.ema_rates[i])
+        });
+        Ok(format!(
+            "samples   {} ({} DDIM steps, {weights}, {})\n          {}",
+            path.display(),
+            sampler.steps(),
+            log::duration(began.elapsed().as_secs_f64()),
+            flags::brightness(&bytes, &c.data)
+        ))
+    }
+}

@@ -1,0 +1,62 @@
+//! Euclidean norm of the whole flat gradient: norm = sqrt(sum g²).   grads: (1, P) f32, norm: (1) f32.
+//!
+//! Two stages with a fixed partition, so that the sum does not depend on the number of threads.
+
+use super::{Cost, Operation, Views};
+use crate::graph::{DType, Graph, Region, Shape, Val};
+use rayon::prelude::*;
+
+/// Elements of one partial sum.
+const CHUNK: usize = 16_384;
+
+/// See the module.
+#[derive(Clone, Debug)]
+pub struct GradNorm {
+    /// The norm.
+    pub norm: Val,
+    /// All gradients.
+    pub grads: Val,
+}
+
+impl GradNorm {
+    /// Appends the norm of all gradients.
+    pub fn record(g: &mut Graph, grads: Val) -> Val {
+        let norm = g.fixed("grad_norm", Shape::rows(1, 1), DType::F32, Region::State);
+        g.push(GradNorm { norm, grads });
+        norm
+    }
+}
+
+impl Operation for GradNorm {
+    fn outputs(&self) -> Vec<Val> {
+        vec![self.norm]
+    }
+    fn inputs(&self) -> Vec<Val> {
+        vec![self.grads]
+    }
+    fn cost(&self, g: &Graph) -> Cost {
+        Cost::of(self, g, 2.0 * g.shape(self.grads).len() as f64)
+    }
+    fn scratch(&self, g: &Graph) -> usize {
+        2 * g.shape(self.grads).len().div_ceil(CHUNK)
+    }
+    fn run_cpu(&self, m: &Views) {
+        let partial: &mut [f64] = bytemuck::cast_slice_mut(m.scratch());
+        m.f32_mut(self.norm)[0] = norm_cpu(m.f32(self.grads), partial);
+    }
+}
+
+/// Norm of `x`; `partial` holds one number per 16,384 elements.
+pub fn norm_cpu(x: &[f32], partial: &mut [f64]) -> f32 {
+    let square = |x: &[f32]| -> f64 {
+        let mut lanes = [0.0f64; 8];
+        for x in x.chunks(8) {
+            for (lane, x) in lanes.iter_mut().zip(x) {
+                *lane += f64::from(*x) * f64::from(*x);
+            }
+        }
+        lanes.iter().sum()
+    };
+    x.par_chunks(CHUNK).zip(partial.par_iter_mut()).for_each(|(x, p)| *p = square(x));
+    partial.iter().sum::<f64>().sqrt() as f32
+}
