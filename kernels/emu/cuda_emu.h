@@ -76,7 +76,7 @@ struct DynamicShared {
 };
 uint32_t shared_address(const void* p);
 
-enum { OP_SHUFFLE = 1, OP_REDUCE, OP_SYNC, OP_LDMATRIX, OP_MMA };
+enum { OP_SHUFFLE = 1, OP_REDUCE, OP_SYNC, OP_LDMATRIX, OP_LDMATRIX_TRANS, OP_MMA_BF16, OP_MMA_TF32 };
 template <class T, class F> inline T reduce(uint32_t mask, T v, F) {
     static_assert(std::is_integral_v<T>, "reductions over a warp are for integers");
     collective(mask, OP_REDUCE, &v, [](void** a, uint32_t m) EMU_NOCHECK {
@@ -194,6 +194,8 @@ inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline float __fmul_rn(float a, float b) { return a * b; }  // -ffp-contract=off: never fused
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
+inline double __dadd_rn(double a, double b) { return a + b; }
 inline float __saturatef(float x) { return x > 0 ? (x < 1 ? x : 1.0f) : 0.0f; }
 inline void __sincosf(float x, float* s, float* c) { *s = sinf(x); *c = cosf(x); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned((uint64_t(a) * b) >> 32); }
