@@ -9,6 +9,7 @@ pub mod checkpoint;
 pub mod data;
 pub mod diffusion;
 pub mod grid;
+pub mod import;
 pub mod npz;
 pub mod schedule;
 pub mod timestep;
