@@ -5,6 +5,7 @@ mod data;
 mod device;
 mod diffusion;
 mod floors;
+mod fuzz;
 mod golden;
 mod import;
 mod kernels;
