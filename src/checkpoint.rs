@@ -207,7 +207,10 @@ fn write_whole<B: AsRef<[u8]>>(path: &Path, header: &[u8], tensors: impl Iterato
 pub fn replace(path: &Path, fill: impl FnOnce(&mut BufWriter<&File>) -> Result<()>) -> Result<()> {
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let refused = |action| move |e| saving_failed(path, action, e);
-    let file = tempfile::Builder::new().prefix(TEMPORARY).tempfile_in(folder).map_err(refused("create"))?;
+    // As readable as any other new file, rather than for its owner alone.
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o666);
+    let file =
+        tempfile::Builder::new().prefix(TEMPORARY).permissions(mode).tempfile_in(folder).map_err(refused("create"))?;
     let mut out = BufWriter::with_capacity(1 << 20, file.as_file());
     fill(&mut out)?;
     out.flush().and_then(|()| file.as_file().sync_all()).map_err(refused("write"))?;

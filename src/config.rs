@@ -204,6 +204,8 @@ pub struct TrainConfig {
     pub flip: bool,
     /// Seed of every random number of the run.
     pub seed: u64,
+    /// Residual blocks are computed anew in the backward pass: less memory, the same bits.
+    pub recompute: bool,
 }
 
 impl Default for TrainConfig {
@@ -221,6 +223,7 @@ impl Default for TrainConfig {
             schedule_sampler: TimestepSampler::Uniform,
             flip: false,
             seed: 0,
+            recompute: false,
         }
     }
 }
@@ -277,7 +280,8 @@ pub struct Config {
 }
 
 impl Config {
-    /// Every setting as its flag spells it: for the head of a run and for comparing two configurations.
+    /// Every setting that a result depends on, as its flag spells it: for the head of a run and for comparing two
+    /// configurations.
     pub fn settings(&self) -> Vec<(&'static str, String)> {
         let (m, d, t) = (&self.model, &self.diffusion, &self.train);
         let pixels: Vec<usize> = m.attention_resolutions.iter().map(|f| m.image_size / f).collect();

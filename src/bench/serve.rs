@@ -37,7 +37,7 @@ pub fn serve(named: &Named, sampler: Option<&str>, threads: usize, block_s: f64)
     };
     let calls = calls_per_block(block_s, &mut run)?;
     let count = Device::cpu(threads)?;
-    let Device::Cpu(cpu) = &count;
+    let Device::Cpu(cpu) = &count else { panic!("Device::cpu gives the processor") };
     println!("{}", json!({ "ready": true, "params": params, "batch": batch, "threads": cpu.threads() }));
     for line in std::io::stdin().lock().lines() {
         line.map_err(Error::io("standard input", "read"))?;

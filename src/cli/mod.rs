@@ -6,6 +6,7 @@ mod bench;
 pub mod data;
 mod export;
 mod flags;
+mod images;
 mod import;
 mod import_check;
 mod nll;
@@ -101,7 +102,7 @@ enum DataCommand {
     #[command(after_help = "Example:\n  iddpm data inspect --data-dir photos --image-size 64")]
     Inspect {
         #[command(flatten)]
-        data: flags::DataFlags,
+        data: images::DataFlags,
         /// Side in pixels after resizing [default: as they are]
         #[arg(long)]
         image_size: Option<usize>,

@@ -1,6 +1,7 @@
 //! `iddpm sample`: pictures from a checkpoint, as a grid, as files and as `.npz`.
 
 use super::flags::{self, BOOL, ModelFlags};
+use super::images;
 use super::progress::Progress;
 use super::{Global, create_folder, open_model};
 use crate::config::{Config, DataConfig};
@@ -137,7 +138,7 @@ impl SampleArgs {
         let (pixels, classes) = (Array::images([n, h, w, c], bytes.clone()), labels.map(Array::labels));
         let arrays: Vec<_> = [("arr_0", &pixels)].into_iter().chain(classes.as_ref().map(|l| ("arr_1", l))).collect();
         npz::write(&npz, &arrays)?;
-        println!("colour    {}", flags::brightness(&bytes, &config.data));
+        println!("colour    {}", images::brightness(&bytes, &config.data));
         println!("written   {}", npz.display());
         if c == 1 || c == 3 {
             let shown = &bytes[..n.min(GRID) * h * w * c];

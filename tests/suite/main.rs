@@ -1,9 +1,12 @@
 //! Every integration test, in one binary.
 
 mod cli;
+#[cfg(feature = "emulator")]
+mod cuda_ops;
 mod data;
 mod device;
 mod diffusion;
+mod driver;
 mod floors;
 mod fuzz;
 mod golden;

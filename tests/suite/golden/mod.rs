@@ -11,6 +11,7 @@ mod gaussian;
 mod likelihood;
 mod losses;
 mod network;
+mod ops;
 mod pickles;
 mod samplers;
 mod schedules;
@@ -19,6 +20,7 @@ pub mod vectors;
 
 use std::path::{Path, PathBuf};
 
+use iddpm::device::Device;
 use vectors::{Folder, VectorFile};
 
 /// Compares everything one file holds.
@@ -156,6 +158,23 @@ fn the_crate_carries_its_vectors() {
     for kind in CARRIED {
         assert!(folder.vector_files().any(|name| name.starts_with(kind)), "tests/golden holds no {kind} file");
     }
+}
+
+/// The steps of the diffusion process as ops on devices made by `device`, against the files that say what they compute.
+pub fn check_ops(device: &dyn Fn() -> Device) {
+    let folder = Folder::open(&folder());
+    for name in folder.vector_files() {
+        if let Some((_, check)) = ops::KINDS.iter().find(|(kind, _)| name.starts_with(kind)) {
+            let file = folder.load(name);
+            check(&file, device);
+            file.finish_part();
+        }
+    }
+}
+
+#[test]
+fn ops_match_the_reference() {
+    check_ops(&crate::device::device);
 }
 
 /// Copies of a small file with one thing wrong each: what must not pass does not.
