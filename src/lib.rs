@@ -10,6 +10,7 @@ pub mod data;
 pub mod diffusion;
 pub mod grid;
 pub mod npz;
+pub mod plot;
 pub mod schedule;
 pub mod timestep;
 
