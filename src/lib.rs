@@ -12,6 +12,7 @@ pub mod grid;
 pub mod npz;
 pub mod plot;
 pub mod schedule;
+pub mod tensorboard;
 pub mod timestep;
 
 pub mod autograd;
