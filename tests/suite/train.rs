@@ -268,6 +268,7 @@ fn a_run_logs_saves_and_ends() {
         sample_interval: 4,
         keep: 2,
         time_limit: None,
+        tensorboard: false,
     };
     let mut grids = Vec::new();
     let mut t = trainer(config());

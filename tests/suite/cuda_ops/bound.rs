@@ -198,7 +198,13 @@ impl Rig {
             for (got, want) in terms.iter().zip([want.vb_bpd, want.x_0_mse, want.eps_mse]) {
                 let off = (f64::from(got[n]) - want).abs();
                 // A lone pixel that is its target exactly has f64 noise for a square in the specification.
-                assert!(off <= 1e-5 * want.abs() + 1e-20, "{} clip {clipped} t = {}: {} {want}", self.what(), c.t, got[n]);
+                assert!(
+                    off <= 1e-5 * want.abs() + 1e-20,
+                    "{} clip {clipped} t = {}: {} {want}",
+                    self.what(),
+                    c.t,
+                    got[n]
+                );
             }
         });
     }
