@@ -49,7 +49,7 @@ fn bad(folder: &Path, line: &str, parts: &[&str]) {
 }
 
 /// A network that trains in no time.
-const SMALL: &str = "--threads 1 --num_channels 32 --channel_mult 1,2 --num_res_blocks 1 --attention_resolutions 8 \
+const SMALL: &str = "--threads 1 --noise_schedule cosine --num_channels 32 --channel_mult 1,2 --num_res_blocks 1 --attention_resolutions 8 \
                      --diffusion_steps 12 --batch_size 4 --limit 40 --ema_rate 0.5";
 
 /// A folder with a trained run in `run` and a class-conditional one in `cond`; tests copy what they change.
@@ -169,7 +169,7 @@ fn bad_settings_are_told_before_anything_is_done() {
     bad(f, "train --num_heads 5", &["--num-heads 5", "64"]);
     bad(f, "train --attention_resolutions 5", &["--attention-resolutions 5", "16, 8"]);
     bad(f, "train --diffusion_steps 1", &["--diffusion-steps 1"]);
-    bad(f, "train --timestep_respacing ddim7", &["ddim7"]);
+    bad(f, "train --timestep_respacing ddim600", &["ddim600", "ddim500"]);
     bad(f, "train --ema_rate 1.5", &["--ema-rate 1.5"]);
     bad(f, "train --lr nan", &["--lr NaN"]);
     bad(f, "train --lr_anneal_steps 10 --steps 20", &["20", "10"]);
