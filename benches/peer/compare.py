@@ -1,7 +1,7 @@
 """Both sides beside each other: this project's steps and PyTorch's, timed in turn within the same seconds.
 
 Run it by scripts/compare.sh. For every workload one process per side is started, warmed up, and then asked in turn for
-blocks of about a quarter of a second. A round counts if nobody else used more than 6 % of the cores during any of its
+blocks of about a quarter of a second, whenever others leave the machine alone. A round counts if nobody else used more than 6 % of the cores during any of its
 blocks. The ratio is the median over such rounds of (PyTorch's time / ours), with the fastest of PyTorch's variants; it is
 given only if both sides ran the same network (parameter count), batch and number of threads, at least five rounds count,
 the peer passes the golden vectors, and the losses of both sides agree in a short training run. Otherwise the table says why not.
@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 
-from load import QUIET
+from load import QUIET, Load
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -93,18 +93,33 @@ def quiet(block):
     return block["foreign"] is None or block["foreign"] <= QUIET
 
 
+def calm(seconds=0.3):
+    """Whether others leave the cores alone just now."""
+    before = Load()
+    time.sleep(seconds)
+    share = before.foreign(Load())
+    return share is None or share <= QUIET
+
+
+def wait(until):
+    """Wait for a quiet machine, at most to the given time."""
+    while not calm() and time.monotonic() < until:
+        time.sleep(1)
+
+
 def run(o, workload):
     """All sides of one workload in turn; returns a row of the record."""
     label = " ".join(str(v) for v in workload.values())
-    sides, notes = [our_side(o, workload)], {}
-    for name in o.variants if o.python else []:
-        # The same as the next variant but for the optimiser, which sampling does not have.
-        if workload["kind"] == "train" or name != "P0 eager, fused AdamW":
-            sides.append(peer_side(o, name, workload))
+    names = ["iddpm"]
+    # The same as the next variant but for the optimiser, which sampling does not have.
+    names += [n for n in o.variants if o.python and (workload["kind"] == "train" or n != "P0 eager, fused AdamW")]
+    notes = {}
     ready = []
-    for side in sides:
+    for name in names:
+        print(f"{label}: starting {name}", file=sys.stderr, flush=True)
+        wait(time.monotonic() + o.limit_s / len(names))
+        side = our_side(o, workload) if name == "iddpm" else peer_side(o, name, workload)
         try:
-            print(f"{label}: starting {side.name}", file=sys.stderr, flush=True)
             side.start()
             ready.append(side)
         except (RuntimeError, json.JSONDecodeError) as error:
@@ -112,6 +127,7 @@ def run(o, workload):
     ours = ready[0] if ready and ready[0].name == "iddpm" else None
     begin, good, rounds = time.monotonic(), [], 0
     while len(good) < o.rounds and (rounds < FEWEST or time.monotonic() - begin < o.limit_s) and ready:
+        wait(begin + o.limit_s)
         turn = rounds % len(ready)
         for side in ready[turn:] + ready[:turn]:
             side.block()
@@ -143,7 +159,7 @@ def add_ratio(o, row, ours, peers, used):
     elif not peers:
         reason = reason or "no variant of the peer ran"
     elif row["busy"]:
-        reason = f"others used the machine: {row['rounds_taken'] - row['rounds'] if not row['busy'] else 'fewer than ' + str(FEWEST)} undisturbed rounds of {row['rounds_taken']}"
+        reason = f"busy machine: fewer than {FEWEST} undisturbed rounds of {row['rounds_taken']}"
     else:
         for side in peers:
             for what in ("params", "batch", "threads"):
