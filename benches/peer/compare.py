@@ -187,7 +187,8 @@ def add_ratio(o, row, ours, peers, pairs):
 
 def check_peer(o):
     """The golden vectors on the peer; returns (passed, last lines)."""
-    out = subprocess.run([o.python, "-B", str(HERE / "check.py"), "--norm", "native"], capture_output=True, text=True)
+    out = subprocess.run([o.python, "-B", str(HERE / "check.py"), "--norm", "native"], capture_output=True, text=True,
+                         env=dict(os.environ, OMP_NUM_THREADS="1"))
     return out.returncode == 0, out.stdout.strip().splitlines() or out.stderr.strip().splitlines()[-1:]
 
 
@@ -195,12 +196,12 @@ def curves(o):
     """Losses of a short training run on the same images on both sides, and whether they agree.
 
     The means over the second half must lie within four standard errors of each other, which are taken from the
-    scatter of the means of ten steps: the two sides draw other weights, times and noise.
+    scatter of the means of ten steps: the two sides draw other weights, times and noise. One thread each: nothing is timed.
     """
-    command = [o.binary, "bench", "curve", "--config", "t1", "--steps", str(o.curve_steps), "--threads", str(o.threads)]
+    command = [o.binary, "bench", "curve", "--config", "t1", "--steps", str(o.curve_steps), "--threads", "1"]
     ours = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     job = dict(kind="curve", config="t1", batch=ours["batch"], steps=o.curve_steps, lr=ours["lr"], seed=0, device="cpu",
-               threads=o.threads, data=str(ROOT / "assets" / "digits-images-idx3-ubyte.gz"))
+               threads=1, data=str(ROOT / "assets" / "digits-images-idx3-ubyte.gz"))
     source, target = pathlib.Path(o.scratch, "curve.json"), pathlib.Path(o.scratch, "losses.json")
     source.write_text(json.dumps(job))
     subprocess.run([o.python, "-B", str(HERE / "worker.py"), str(source), str(target)], check=True, capture_output=True)
