@@ -281,15 +281,6 @@ def milliseconds(side):
     return f"{side['ms']:.3g} ({side['min_ms']:.3g}){' busy' if side['busy'] else ''}"
 
 
-def update(path, name, text):
-    """Replace what stands between the markers of table `name` in a document."""
-    start, end = f"<!-- table {name} -->\n", f"<!-- end {name} -->"
-    doc = path.read_text()
-    if start not in doc or end not in doc:
-        sys.exit(f"{path}: lacks the markers {start.strip()} and {end}")
-    path.write_text(doc[:doc.index(start) + len(start)] + "\n" + text + "\n" + doc[doc.index(end):])
-
-
 def workloads(o):
     for config in o.configs:
         yield dict(kind="train", config=config, batch=16)
@@ -313,30 +304,23 @@ def main():
     p.add_argument("--sample-configs", type=words, default=["t1", "t3"], help="reverse steps")
     p.add_argument("--batches", type=lambda t: [int(w) for w in words(t)], default=[1, 16])
     p.add_argument("--samplers", type=words, default=["ancestral"], help="ancestral,ddim")
-    p.add_argument("--variants", default=",".join(n for n in VARIANTS), help="of the peer: prefixes such as P0,P1")
+    p.add_argument("--variants", type=words, default=["P0", "P1", "P2"], help="tiers of the peer")
     p.add_argument("--rounds", type=int, default=11, help="undisturbed pairs wanted with each variant")
     p.add_argument("--limit-s", type=float, default=60, help="seconds per workload after which no round starts")
     p.add_argument("--block-s", type=float, default=0.25)
     p.add_argument("--curve-steps", type=int, default=300, help="of the short training run; 0: none, and no ratios")
     p.add_argument("--out", type=pathlib.Path, default=ROOT / "benches" / "record")
     p.add_argument("--name", default="cpu", help="name of the record's files")
-    p.add_argument("--update", type=pathlib.Path, help="a document whose table `cpu` becomes this record's")
-    p.add_argument("--render", type=pathlib.Path, help="print (and --update) the table of this record; measure nothing")
     o = p.parse_args()
-    if o.render:
-        record = json.loads(o.render.read_text())
-    else:
-        wanted = words(o.variants) if o.variants else []
-        o.variants = [n for n in VARIANTS if any(n == w or n.split()[0] == w for w in wanted)] or list(VARIANTS)
-        record = measure(o)
+    if unknown := [w for w in o.variants if w not in ("P0", "P1", "P2")]:
+        p.error(f"--variants {','.join(unknown)}: there are P0, P1, P2")
+    o.variants = [n for n in VARIANTS if n.split()[0] in o.variants]
+    record = measure(o)
     text = markdown(record)
     print(text)
-    if not o.render:
-        o.out.mkdir(parents=True, exist_ok=True)
-        (o.out / f"{o.name}.json").write_text(json.dumps(record, indent=1) + "\n")
-        (o.out / f"{o.name}.md").write_text(text)
-    if o.update:
-        update(o.update, record["name"], text)
+    o.out.mkdir(parents=True, exist_ok=True)
+    (o.out / f"{o.name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (o.out / f"{o.name}.md").write_text(text)
 
 
 def measure(o):
