@@ -1,5 +1,6 @@
 //! Every integration test, in one binary.
 
+mod bench;
 mod cli;
 #[cfg(feature = "emulator")]
 mod cuda_ops;
