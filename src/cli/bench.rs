@@ -5,7 +5,7 @@ use crate::bench::ceilings::Ceilings;
 use crate::bench::configs::{self, Named};
 use crate::bench::record::Record;
 use crate::bench::timing::Effort;
-use crate::bench::{kernels, sample, startup, step};
+use crate::bench::{kernels, sample, serve, startup, step};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use clap::{Args, Subcommand};
@@ -40,6 +40,24 @@ pub enum BenchCommand {
     /// Makes a training step, runs it twice and prints what that took: the process that startup and memory watch
     #[command(hide = true)]
     FirstStep(BenchArgs),
+    /// Answers each line of the input with a block of steps: one side of scripts/compare.sh
+    #[command(hide = true)]
+    Serve {
+        #[command(flatten)]
+        bench: BenchArgs,
+        /// Reverse steps of this kind instead of training steps: ancestral, ddim
+        #[arg(long)]
+        sampler: Option<String>,
+    },
+    /// Prints the losses of a short training run: that both sides of scripts/compare.sh learn the same
+    #[command(hide = true)]
+    Curve {
+        #[command(flatten)]
+        bench: BenchArgs,
+        /// Steps to train
+        #[arg(long, default_value_t = 300)]
+        steps: usize,
+    },
 }
 
 /// Flags of every measurement.
@@ -76,6 +94,11 @@ impl BenchArgs {
         configs::named(&list, self.batch_size)
     }
 
+    /// The first configuration asked for.
+    fn one(&self) -> Result<Named> {
+        Ok(self.configs(&SMALL[..1])?.swap_remove(0))
+    }
+
     fn effort(&self) -> Result<Effort> {
         let effort = Effort { block_s: self.block_seconds, blocks: self.blocks, limit_s: self.limit_seconds };
         let usable = |x: f64| x.is_finite() && x >= 0.0;
@@ -103,16 +126,24 @@ pub fn main(command: &BenchCommand, global: &Global) -> Result<()> {
         BenchCommand::Sample { bench, .. } => ("sample", bench),
         BenchCommand::Startup(a) => ("startup", a),
         BenchCommand::Memory(a) => ("memory", a),
-        BenchCommand::FirstStep(a) => return startup::child(&a.configs(&SMALL[..1])?[0], threads),
+        BenchCommand::FirstStep(a) => return startup::child(&a.one()?, threads),
+        BenchCommand::Serve { bench, sampler } => {
+            return serve::serve(&bench.one()?, sampler.as_deref(), threads, bench.effort()?.block_s);
+        }
+        BenchCommand::Curve { bench, steps } => return serve::curve(&bench.one()?, threads, *steps),
     };
     let one = matches!(command, BenchCommand::Kernels(_) | BenchCommand::Sample { .. });
     let (list, effort) = (args.configs(if one { &SMALL[..1] } else { &SMALL })?, args.effort()?);
     let device = Device::cpu(threads)?;
-    let Device::Cpu(cpu) = &device;
+    let Device::Cpu(cpu) = &device else { panic!("Device::cpu gives the processor") };
     let count = cpu.threads();
     // Seconds and bytes of a process are compared with nothing that the machine could do at most.
     let whole = matches!(command, BenchCommand::Startup(_) | BenchCommand::Memory(_));
-    let ceilings = if whole { None } else { Some(Ceilings::measure(&device, &effort)?) };
+    let ceilings = if whole {
+        None
+    } else {
+        Some(Ceilings::measure(&device, &Effort { limit_s: effort.limit_s.min(4.0), ..effort })?)
+    };
     let mut record = Record::new(name, "cpu", count, &effort, ceilings.as_ref());
     record.set(
         "configurations",

@@ -92,6 +92,13 @@ impl ModelConfig {
         let at = levels.iter().enumerate().filter(|(_, l)| self.attention_resolutions.contains(l)).map(|(i, _)| i);
         for level in at.chain([last]) {
             let c = self.channel_mult[level] * self.model_channels;
+            if let Some(width) = self.num_head_channels {
+                within("num-head-channels", width, 1, 8192)?;
+                check(c % width == 0, || {
+                    format!("--num-head-channels {width} does not divide the {c} channels of level {level}")
+                })?;
+                continue;
+            }
             for (flag, heads) in [("num-heads", self.num_heads), ("num-heads-upsample", self.num_heads_upsample)] {
                 check(c % heads == 0, || {
                     format!("--{flag} {heads} does not divide the {c} channels of level {level}: use a divisor of {c}")

@@ -73,19 +73,16 @@ pub struct Line {
 }
 
 impl Line {
-    /// The line as JSON, keys in a fixed order.
+    /// The line as JSON.
     pub fn json(&self) -> String {
-        let mut fields = Map::new();
-        fields.insert("step".into(), json!(self.step));
-        fields.insert("images".into(), json!(self.images));
-        let mut terms = |quarter: Option<usize>, suffix: &str| {
-            let Some(mean) = self.meter.mean(quarter) else { return };
-            fields.insert(format!("loss{suffix}"), json!(mean.loss));
-            fields.insert(format!("mse{suffix}"), json!(mean.mse));
-            fields.insert(format!("vb_bpd{suffix}"), json!(mean.vb * self.diffusion_steps as f64));
-        };
-        terms(None, "");
-        (0..4).for_each(|q| terms(Some(q), &format!("_q{q}")));
+        let mut fields = vec![("step".to_string(), json!(self.step)), ("images".into(), json!(self.images))];
+        for quarter in [None, Some(0), Some(1), Some(2), Some(3)] {
+            let Some(mean) = self.meter.mean(quarter) else { continue };
+            let suffix = quarter.map_or(String::new(), |q| format!("_q{q}"));
+            fields.push((format!("loss{suffix}"), json!(mean.loss)));
+            fields.push((format!("mse{suffix}"), json!(mean.mse)));
+            fields.push((format!("vb_bpd{suffix}"), json!(mean.vb * self.diffusion_steps as f64)));
+        }
         let rest = [
             ("grad_norm", self.grad_norm),
             ("param_norm", self.param_norm),
@@ -94,7 +91,8 @@ impl Line {
             ("eta_s", self.eta_s),
         ];
         fields.extend(rest.map(|(name, x)| (name.to_string(), json!(x))));
-        Value::Object(fields).to_string()
+        let fields: Vec<String> = fields.iter().map(|(name, x)| format!("\"{name}\":{x}")).collect();
+        format!("{{{}}}", fields.join(","))
     }
 
     /// The line for people.

@@ -1,11 +1,15 @@
 //! Every integration test, in one binary.
 
 mod cli;
+#[cfg(feature = "emulator")]
+mod cuda_ops;
 mod data;
 mod device;
 mod diffusion;
+mod driver;
 mod floors;
 mod golden;
+mod import;
 mod kernels;
 mod network;
 mod steps;

@@ -10,6 +10,8 @@ mod gaussian;
 mod likelihood;
 mod losses;
 mod network;
+mod ops;
+mod pickles;
 mod samplers;
 mod schedules;
 mod timestep;
@@ -17,6 +19,7 @@ pub mod vectors;
 
 use std::path::{Path, PathBuf};
 
+use iddpm::device::Device;
 use vectors::{Folder, VectorFile};
 
 /// Compares everything one file holds.
@@ -44,7 +47,7 @@ const KINDS: &[(&str, Check)] = &[
 /// What a folder may also hold, unread here, and why.
 const UNREAD: &[(&str, &str)] = &[
     ("10_superres", "the super-resolution network is not part of the crate"),
-    ("11_pt", "pickled checkpoints belong to the importer's tests"),
+    ("11_pt", "read by pickles_match_the_reference"),
     ("12_architectures.json", "parameter lists belong to the network's tests"),
     ("INDEX.md", "prose"),
     ("index.json", "read by every check"),
@@ -120,6 +123,14 @@ kinds! {
 }
 
 #[test]
+fn pickles_match_the_reference() {
+    let pickles = folder().join("11_pt");
+    if pickles.exists() {
+        pickles::check(&pickles);
+    }
+}
+
+#[test]
 fn every_file_belongs_to_a_kind() {
     let path = folder();
     let folder = Folder::open(&path);
@@ -138,6 +149,23 @@ fn the_crate_carries_its_vectors() {
     for kind in CARRIED {
         assert!(folder.vector_files().any(|name| name.starts_with(kind)), "tests/golden holds no {kind} file");
     }
+}
+
+/// The steps of the diffusion process as ops on devices made by `device`, against the files that say what they compute.
+pub fn check_ops(device: &dyn Fn() -> Device) {
+    let folder = Folder::open(&folder());
+    for name in folder.vector_files() {
+        if let Some((_, check)) = ops::KINDS.iter().find(|(kind, _)| name.starts_with(kind)) {
+            let file = folder.load(name);
+            check(&file, device);
+            file.finish_part();
+        }
+    }
+}
+
+#[test]
+fn ops_match_the_reference() {
+    check_ops(&crate::device::device);
 }
 
 /// Copies of a small file with one thing wrong each: what must not pass does not.

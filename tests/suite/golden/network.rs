@@ -16,11 +16,11 @@ use iddpm::ops::attention::{Attention, QkvOrder};
 use iddpm::ops::grad_norm::GradNorm;
 use iddpm::ops::group_norm::{GroupNorm, NormOptions};
 use iddpm::ops::hybrid_loss::{HybridLoss, LossVals};
-use iddpm::ops::q_sample::{Images, QSample};
+use iddpm::ops::q_sample::{Images, Noise, QSample};
 use iddpm::ops::silu::Silu;
 use iddpm::ops::timestep_embedding::TimestepEmbedding;
 use iddpm::schedule::Process;
-use iddpm::unet::{self, Init, Layer, Param, ParamVals, Params, Recorder, ResBlock};
+use iddpm::unet::{self, Init, Layer, Param, ParamVals, Params, Recorder, ResBlock, Resample};
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -265,6 +265,7 @@ pub fn resblocks(file: &VectorFile) {
             emb: number(case, "emb_channels"),
             scale_shift: flag(case, "use_scale_shift_norm"),
             skip_kernel: if flag(case, "use_conv") { 3 } else { 1 },
+            resample: Resample::Keep,
             column: 0,
             number: 0,
         });
@@ -286,7 +287,8 @@ pub fn attention(file: &VectorFile) {
             attention_core(file, name, case);
             continue;
         }
-        let layer = Layer::Attention { c: number(case, "channels"), heads: number(case, "heads") };
+        let (c, heads) = (number(case, "channels"), number(case, "heads"));
+        let layer = Layer::Attention { c, heads, order: QkvOrder::Legacy };
         let mut p = Piece::new(file, name, layer_params(&layer));
         let x = p.image("in.x");
         let mut r = Recorder::new(&mut p.g, &p.vals, x, None);
@@ -341,6 +343,7 @@ fn model_config(config: &Value) -> ModelConfig {
         num_heads_upsample: config["num_heads_upsample"].as_u64().map_or(heads, |n| n as usize),
         use_scale_shift_norm: flag(config, "use_scale_shift_norm"),
         conv_resample: config["conv_resample"].as_bool().unwrap_or(true),
+        ..ModelConfig::default()
     }
 }
 
@@ -503,7 +506,8 @@ impl TrainingPlan {
             let images = Images { data, index: part(&mut g, index), flip: false, first_image: first as u32, control };
             let (eps, t, weight) = (part(&mut g, eps), part(&mut g, t), part(&mut g, weight));
             let start = g.steps.len();
-            let x_t = QSample::record_given(&mut g, images.clone(), t, eps, process.clone());
+            let noise = Noise::Stored(eps);
+            let x_t = QSample::record(&mut g, images.clone(), t, noise, process.clone());
             let (t_model, labels) = (part(&mut g, t_model), labels.map(|v| part(&mut g, v)));
             let out = unet::record(&mut g, config, &vals, x_t.into(), t_model, labels, None).out;
             let end = g.steps.len();
@@ -515,8 +519,7 @@ impl TrainingPlan {
                 terms: LossVals { loss, mse, vb },
                 out,
                 images,
-                x_t,
-                eps,
+                noise,
                 t,
                 weight,
                 objective: Objective::from_config(diffusion),
@@ -530,7 +533,7 @@ impl TrainingPlan {
         if let Some(hyper) = hyper {
             let (m, v) = (all(&mut g, Region::AdamM, 1), all(&mut g, Region::AdamV, 1));
             let ema = Some(all(&mut g, Region::Ema, hyper.ema_rates.len()));
-            g.push(AdamwEma { params: vals.all, m, v, ema, grads, norm, control, hyper });
+            g.push(AdamwEma { params: vals.all, m, v, ema, copy: None, grads, norm, control, hyper });
         }
         let mut device = device();
         let id = device.bind(Plan::new(g, true)).unwrap();
@@ -602,7 +605,17 @@ pub fn adamw_ema(file: &VectorFile) {
         let ema = all(Region::Ema, rates.len());
         let control_val = g.fixed("control", Shape::rows(1, 16), DType::I32, Region::Inputs);
         let norm = GradNorm::record(&mut g, grads);
-        g.push(AdamwEma { params, m, v, ema: Some(ema), grads, norm, control: control_val, hyper: hyper.clone() });
+        g.push(AdamwEma {
+            params,
+            m,
+            v,
+            ema: Some(ema),
+            copy: None,
+            grads,
+            norm,
+            control: control_val,
+            hyper: hyper.clone(),
+        });
         let mut device = device();
         device.write_region(Region::Params, &p0).unwrap();
         device.write_region(Region::Ema, &p0.repeat(rates.len())).unwrap();

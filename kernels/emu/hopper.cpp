@@ -1,0 +1,2 @@
+#include "runtime.h"
+extern "C" int emu_tensor_map(void*, const void*) { return 1; }

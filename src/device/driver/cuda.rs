@@ -1,0 +1,590 @@
+//! The real driver: CUDA's driver API, opened at run time through cudarc.
+//!
+//! Only `libcuda` is needed, and only when a GPU is asked for. cudarc panics where that library is absent, so
+//! [`cuda_present`] is asked first, once. Modules are loaded from the embedded fatbins when a kernel of theirs is first used.
+
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::mem::MaybeUninit;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::{CudaContext, CudaStream, sys};
+use sys::CUdevice_attribute as DeviceAttribute;
+use sys::CUfunction_attribute as FunctionAttribute;
+
+use super::{ARCHS, DeviceInfo, Event, FunctionInfo, Launch, MODULES, Packed, Ptr};
+use super::{TensorMap, TensorMapMode, TensorMapSpec};
+use crate::error::{Error, Result};
+
+/// CUDA version whose fatbins this binary holds: older drivers cannot read them.
+const NEEDED_DRIVER: i32 = 13000;
+
+/// Is there a `libcuda` to open?
+pub fn cuda_present() -> bool {
+    static PRESENT: OnceLock<bool> = OnceLock::new();
+    // SAFETY: opening the library runs its constructors, which NVIDIA's may.
+    *PRESENT.get_or_init(|| unsafe { sys::is_culib_present() })
+}
+
+/// A loaded kernel.
+#[derive(Clone, Copy)]
+struct Function {
+    handle: sys::CUfunction,
+    /// Dynamic shared memory that launches may ask for without another attribute call.
+    shared_bytes: u32,
+}
+
+/// What changes while the driver is used.
+struct State {
+    modules: HashMap<&'static str, sys::CUmodule>,
+    functions: HashMap<String, Function>,
+    step: String,
+    capturing: bool,
+    /// The first error after which the context is lost.
+    lost: Option<String>,
+}
+
+/// What [`super::Driver::Cuda`] holds.
+pub struct CudaDriver {
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    state: Mutex<State>,
+    sync_each: bool,
+    compute_capability: (i32, i32),
+}
+
+// SAFETY: the handles may be used from any thread once the context is bound to it, which every call does first.
+unsafe impl Send for CudaDriver {}
+// SAFETY: as above; what changes is behind a mutex, and the driver API locks its own.
+unsafe impl Sync for CudaDriver {}
+
+impl CudaDriver {
+    pub(super) fn open(ordinal: usize) -> Result<CudaDriver> {
+        let fail = |what: String| Err(Error::Device(what));
+        if MODULES.is_empty() {
+            return fail(
+                "this binary was built without nvcc and holds no CUDA kernels: run scripts/setup-cuda.sh, build again, \
+                 or use --device cpu"
+                    .into(),
+            );
+        }
+        let version = driver_version()?;
+        if version < NEEDED_DRIVER {
+            return fail(format!(
+                "the NVIDIA driver supports CUDA {}.{}, this binary needs 13.0: update the driver to 580 or newer, or use \
+                 --device cpu",
+                version / 1000,
+                version % 1000 / 10
+            ));
+        }
+        let count = CudaContext::device_count().map_err(|e| plain("listing the GPUs", e))?;
+        if ordinal >= count.max(0) as usize {
+            return fail(format!(
+                "GPU {ordinal} does not exist: this machine has {count} (counting from 0; CUDA_VISIBLE_DEVICES hides others)"
+            ));
+        }
+        let context = CudaContext::new(ordinal).map_err(|e| plain("opening the GPU", e))?;
+        // SAFETY: one stream of our own orders everything, so cudarc's hidden events would only disturb graph captures.
+        unsafe { context.disable_event_tracking() };
+        let stream = context.new_stream().map_err(|e| plain("making a stream", e))?;
+        let compute_capability = context.compute_capability().map_err(|e| plain("asking the GPU's architecture", e))?;
+        let state = State {
+            modules: HashMap::new(),
+            functions: HashMap::new(),
+            step: String::new(),
+            capturing: false,
+            lost: None,
+        };
+        let sync_each = super::sync_wanted();
+        Ok(CudaDriver { context, stream, state: Mutex::new(state), sync_each, compute_capability })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes the context current on this thread: the first half of every call.
+    fn bind(&self, what: &str) -> Result<()> {
+        self.check(what, self.context.bind_to_thread())
+    }
+
+    /// Turns a CUDA error into what was done, what went wrong and the way out.
+    fn check<T>(&self, what: &str, answer: std::result::Result<T, DriverError>) -> Result<T> {
+        let error = match answer {
+            Ok(value) => return Ok(value),
+            Err(error) => error,
+        };
+        let mut state = self.state();
+        let at = if state.step.is_empty() { String::new() } else { format!("{}: ", state.step) };
+        let mut text = format!("{at}{what}: {}", describe(error));
+        if let Some(first) = &state.lost {
+            text += &format!("; the GPU was lost earlier, at: {first}");
+        } else if is_sticky(error.0) {
+            state.lost = Some(format!("{at}{what}"));
+            text += "; the error may stem from any launch before it: run again with IDDPM_SYNC=1 to name the step";
+        }
+        Err(Error::Device(text))
+    }
+
+    pub(super) fn set_step(&self, step: &str) {
+        self.state().step = step.into();
+    }
+
+    pub(super) fn info(&self) -> Result<DeviceInfo> {
+        self.bind("asking the GPU")?;
+        let attribute = |a| self.check("asking the GPU's attributes", self.context.attribute(a));
+        let (free_bytes, total_bytes) = self.check("asking the GPU's memory", result::mem_get_info())?;
+        Ok(DeviceInfo {
+            name: self.check("asking the GPU's name", self.context.name())?,
+            compute_capability: self.compute_capability,
+            driver_version: driver_version()?,
+            multiprocessors: attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
+            l2_bytes: attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize,
+            max_shared_bytes: attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?
+                as usize,
+            total_bytes,
+            free_bytes,
+        })
+    }
+
+    // ---- kernels ----
+
+    /// Finds kernel `name`, loading its module at first use.
+    fn function(&self, name: &str) -> Result<Function> {
+        if let Some(f) = self.state().functions.get(name) {
+            return Ok(*f);
+        }
+        let symbol =
+            CString::new(name).map_err(|_| Error::Device(format!("kernel name {name:?} holds a zero byte")))?;
+        // A build of PTX alone has no list of kernels; then every module may hold it.
+        for module in MODULES.iter().filter(|m| m.kernels.is_empty() || m.kernels.contains(&name)) {
+            let loaded = self.module(module)?;
+            // SAFETY: the module is loaded and never unloaded.
+            let found = unsafe { result::module::get_function(loaded, symbol.clone()) };
+            if matches!(found, Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_FOUND))) {
+                continue;
+            }
+            let function = Function { handle: self.check(&format!("kernel {name}"), found)?, shared_bytes: 48 << 10 };
+            self.state().functions.insert(name.into(), function);
+            return Ok(function);
+        }
+        Err(Error::Device(format!("kernel {name:?} is not in this binary")))
+    }
+
+    fn module(&self, module: &'static super::Module) -> Result<sys::CUmodule> {
+        if let Some(m) = self.state().modules.get(module.file) {
+            return Ok(*m);
+        }
+        // SAFETY: the image is a fatbin that nvcc made, 16-byte aligned and alive for ever.
+        let loaded = unsafe { result::module::load_data(module.image.as_ptr().cast()) };
+        if let Err(DriverError(
+            sys::CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU
+            | sys::CUresult::CUDA_ERROR_INVALID_PTX
+            | sys::CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION,
+        )) = loaded
+        {
+            let (major, minor) = self.compute_capability;
+            return Err(Error::Device(format!(
+                "this binary holds kernels for {} and the GPU is sm_{major}{minor}: build again with \
+                 IDDPM_CUDA_ARCHS={major}{minor}, or use --device cpu",
+                arch_list()
+            )));
+        }
+        let loaded = self.check(&format!("loading the kernels of {}", module.file), loaded)?;
+        self.state().modules.insert(module.file, loaded);
+        Ok(loaded)
+    }
+
+    /// Lets launches of `name` ask for `bytes` of dynamic shared memory; above 48 KiB that must be said once.
+    fn allow_shared(&self, name: &str, function: Function, bytes: u32) -> Result<()> {
+        if bytes <= function.shared_bytes {
+            return Ok(());
+        }
+        let attribute = FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        // SAFETY: the function was found in a loaded module.
+        let set = unsafe { result::function::set_function_attribute(function.handle, attribute, bytes as i32) };
+        self.check(&format!("{name}: {bytes} bytes of dynamic shared memory"), set)?;
+        self.state().functions.insert(name.into(), Function { shared_bytes: bytes, ..function });
+        Ok(())
+    }
+
+    pub(super) fn launch(&self, name: &str, launch: Launch, mut args: Packed) -> Result<()> {
+        self.bind(name)?;
+        let function = self.function(name)?;
+        self.allow_shared(name, function, launch.shared_bytes)?;
+        let mut pointers = args.pointers();
+        let mut cluster = cluster_attribute(launch.cluster);
+        let config = sys::CUlaunchConfig {
+            gridDimX: launch.grid[0],
+            gridDimY: launch.grid[1],
+            gridDimZ: launch.grid[2],
+            blockDimX: launch.block[0],
+            blockDimY: launch.block[1],
+            blockDimZ: launch.block[2],
+            sharedMemBytes: launch.shared_bytes,
+            hStream: self.stream.cu_stream(),
+            attrs: &mut cluster,
+            numAttrs: u32::from(launch.cluster > 1),
+        };
+        // SAFETY: the function is loaded, and `pointers` holds one live value for each of its parameters, which the driver copies
+        // before it returns; the emulator checks the same argument list against the kernel's signature.
+        let started = unsafe {
+            sys::cuLaunchKernelEx(&config, function.handle, pointers.as_mut_ptr(), std::ptr::null_mut()).result()
+        };
+        let what = || {
+            let ([x, y, z], [a, b, c]) = (launch.grid, launch.block);
+            format!("{name} <<<({x},{y},{z}), ({a},{b},{c}), {} bytes>>>", launch.shared_bytes)
+        };
+        if started.is_err() {
+            self.check(&what(), started)?;
+        }
+        if self.sync_each && !self.state().capturing {
+            self.check(&what(), self.stream.synchronize())?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn function_info(&self, name: &str) -> Result<Option<FunctionInfo>> {
+        self.bind(name)?;
+        let function = self.function(name)?;
+        let ask = |attribute| {
+            // SAFETY: the function was found in a loaded module.
+            let value = unsafe { result::function::get_function_attribute(function.handle, attribute) };
+            self.check(name, value).map(|v| v as u32)
+        };
+        Ok(Some(FunctionInfo {
+            registers: ask(FunctionAttribute::CU_FUNC_ATTRIBUTE_NUM_REGS)?,
+            local_bytes: ask(FunctionAttribute::CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES)?,
+            static_shared_bytes: ask(FunctionAttribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?,
+            max_dynamic_shared_bytes: ask(FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES)?,
+            max_threads: ask(FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK)?,
+            binary_version: ask(FunctionAttribute::CU_FUNC_ATTRIBUTE_BINARY_VERSION)?,
+        }))
+    }
+
+    // ---- memory ----
+
+    pub(super) fn alloc(&self, bytes: usize) -> Result<Ptr> {
+        self.bind("allocating")?;
+        // SAFETY: any size is allowed; 0 is not, so one byte stands for it.
+        match unsafe { result::malloc_sync(bytes.max(1)) } {
+            Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
+                let (free, total) = self.check("asking the GPU's memory", result::mem_get_info())?;
+                Err(super::out_of_memory(bytes, free, total))
+            }
+            answer => self.check(&format!("allocating {bytes} bytes"), answer).map(Ptr),
+        }
+    }
+
+    pub(super) fn free(&self, ptr: Ptr) {
+        // SAFETY: `ptr` came from alloc and is freed once. An error here belongs to an earlier launch, and the next call reports it.
+        let _ = self.context.bind_to_thread().and_then(|()| unsafe { result::free_sync(ptr.0) });
+    }
+
+    pub(super) fn alloc_host(&self, bytes: usize) -> Result<*mut u8> {
+        self.bind("allocating pinned memory")?;
+        // SAFETY: flags 0: cached, so that the host may read it as well.
+        let host = unsafe { result::malloc_host(bytes.max(1), 0) };
+        let host: *mut u8 = self.check(&format!("allocating {bytes} bytes of pinned host memory"), host)?.cast();
+        // SAFETY: the driver returned that many bytes.
+        unsafe { host.write_bytes(0, bytes) };
+        Ok(host)
+    }
+
+    pub(super) fn free_host(&self, host: *mut u8, _bytes: usize) {
+        // SAFETY: `host` came from alloc_host and is freed once; errors as in free.
+        let _ = self.context.bind_to_thread().and_then(|()| unsafe { result::free_host(host.cast()) });
+    }
+
+    fn refuse_in_capture(&self, what: &str) -> Result<()> {
+        if !self.state().capturing {
+            return Ok(());
+        }
+        Err(Error::Device(format!("{what} the host does not belong in a captured graph: do it before or after")))
+    }
+
+    pub(super) fn write(&self, dst: Ptr, src: *const u8, bytes: usize) -> Result<()> {
+        self.refuse_in_capture("a copy from")?;
+        self.bind("copying to the GPU")?;
+        // SAFETY: `src` holds `bytes` bytes; the driver stages pageable memory before it returns.
+        let done = unsafe {
+            let data = std::slice::from_raw_parts(src, bytes);
+            result::memcpy_htod_async(dst.0, data, self.stream.cu_stream())
+        };
+        self.check(&format!("copying {bytes} bytes to the GPU"), done)
+    }
+
+    pub(super) fn read(&self, dst: *mut u8, src: Ptr, bytes: usize) -> Result<()> {
+        self.refuse_in_capture("a copy to")?;
+        self.bind("copying from the GPU")?;
+        // SAFETY: `dst` holds `bytes` bytes, and the caller waits before it looks at them.
+        let done = unsafe {
+            let data = std::slice::from_raw_parts_mut(dst, bytes);
+            result::memcpy_dtoh_async(data, src.0, self.stream.cu_stream())
+        };
+        self.check(&format!("copying {bytes} bytes from the GPU"), done)
+    }
+
+    pub(super) fn copy(&self, dst: Ptr, src: Ptr, bytes: usize) -> Result<()> {
+        self.bind("copying on the GPU")?;
+        // SAFETY: the driver checks both ranges against its allocations.
+        let done = unsafe { result::memcpy_dtod_async(dst.0, src.0, bytes, self.stream.cu_stream()) };
+        self.check(&format!("copying {bytes} bytes on the GPU"), done)
+    }
+
+    pub(super) fn fill(&self, dst: Ptr, value: u8, bytes: usize) -> Result<()> {
+        self.bind("filling")?;
+        // SAFETY: the driver checks the range against its allocations.
+        let done = unsafe { result::memset_d8_async(dst.0, value, bytes, self.stream.cu_stream()) };
+        self.check(&format!("filling {bytes} bytes on the GPU"), done)
+    }
+
+    // ---- the stream ----
+
+    pub(super) fn sync(&self) -> Result<()> {
+        self.bind("waiting for the GPU")?;
+        self.check("waiting for the GPU", self.stream.synchronize())
+    }
+
+    pub(super) fn record(self: &Arc<Self>) -> Result<Event> {
+        self.bind("recording an event")?;
+        let handle = self.check("making an event", result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT))?;
+        let event = CudaEvent { handle, driver: self.clone() };
+        // SAFETY: the event was just made, the stream lives as long as the driver.
+        let done = unsafe { result::event::record(handle, self.stream.cu_stream()) };
+        self.check("recording an event", done)?;
+        Ok(Event::Cuda(event))
+    }
+
+    pub(super) fn begin_capture(&self) -> Result<()> {
+        self.bind("capturing a graph")?;
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream is ours and is not the default one, which cannot be captured.
+        let begun = unsafe { result::stream::begin_capture(self.stream.cu_stream(), mode) };
+        self.check("capturing a graph", begun)?;
+        self.state().capturing = true;
+        Ok(())
+    }
+
+    pub(super) fn end_capture(self: &Arc<Self>) -> Result<CudaGraph> {
+        self.state().capturing = false;
+        self.bind("ending a graph")?;
+        // SAFETY: the stream is being captured since begin_capture.
+        let graph = self.check("ending a graph", unsafe { result::stream::end_capture(self.stream.cu_stream()) })?;
+        // SAFETY: the graph was just made; its executable form does not refer to it afterwards.
+        let exec = unsafe {
+            let exec = result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));
+            let _ = result::graph::destroy(graph);
+            self.check("preparing a graph", exec)?
+        };
+        let graph = CudaGraph { exec, driver: self.clone() };
+        // SAFETY: both handles are alive.
+        self.check("uploading a graph", unsafe { result::graph::upload(exec, self.stream.cu_stream()) })?;
+        Ok(graph)
+    }
+
+    pub(super) fn replay(&self, graph: &CudaGraph) -> Result<()> {
+        self.bind("starting a graph")?;
+        // SAFETY: the graph is alive while borrowed.
+        self.check("starting a graph", unsafe { result::graph::launch(graph.exec, self.stream.cu_stream()) })?;
+        if self.sync_each {
+            self.check("running a graph", self.stream.synchronize())?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn tensor_map(&self, spec: &TensorMapSpec) -> Result<TensorMap> {
+        self.bind("tensor map")?;
+        let mut map = MaybeUninit::<sys::CUtensorMap>::zeroed();
+        let element = match spec.element {
+            super::Element::Bf16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            super::Element::F32 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+        };
+        let swizzle = match spec.swizzle {
+            super::Swizzle::None => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_NONE,
+            super::Swizzle::B32 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_32B,
+            super::Swizzle::B64 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_64B,
+            super::Swizzle::B128 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+        };
+        let interleave = sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE;
+        let l2 = sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
+        let fill = sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE;
+        let (rank, address) = (spec.dims.len() as u32, spec.address.0 as *mut c_void);
+        let (dims, strides, steps) = (spec.dims.as_ptr(), spec.strides_bytes.as_ptr(), spec.element_strides.as_ptr());
+        // SAFETY: TensorMapSpec::check made the lists as long as the rank wants; the map is ours to fill.
+        let done = unsafe {
+            match &spec.mode {
+                TensorMapMode::Tile { sizes } => sys::cuTensorMapEncodeTiled(
+                    map.as_mut_ptr(),
+                    element,
+                    rank,
+                    address,
+                    dims,
+                    strides,
+                    sizes.as_ptr(),
+                    steps,
+                    interleave,
+                    swizzle,
+                    l2,
+                    fill,
+                ),
+                TensorMapMode::Im2col { lower, upper, channels, pixels } => sys::cuTensorMapEncodeIm2col(
+                    map.as_mut_ptr(),
+                    element,
+                    rank,
+                    address,
+                    dims,
+                    strides,
+                    lower.as_ptr(),
+                    upper.as_ptr(),
+                    *channels,
+                    *pixels,
+                    steps,
+                    interleave,
+                    swizzle,
+                    l2,
+                    fill,
+                ),
+            }
+        };
+        self.check(&format!("tensor map {spec:?}"), done.result())?;
+        // SAFETY: CUtensorMap is 128 bytes of plain data, as TensorMap is.
+        Ok(unsafe { std::mem::transmute::<sys::CUtensorMap, TensorMap>(map.assume_init()) })
+    }
+}
+
+/// An event on the GPU.
+pub struct CudaEvent {
+    handle: sys::CUevent,
+    driver: Arc<CudaDriver>,
+}
+
+// SAFETY: events may be used from any thread once the context is bound to it.
+unsafe impl Send for CudaEvent {}
+
+impl CudaEvent {
+    pub(super) fn wait(&self) -> Result<()> {
+        self.driver.bind("waiting for an event")?;
+        // SAFETY: the event is alive.
+        self.driver.check("waiting for an event", unsafe { result::event::synchronize(self.handle) })
+    }
+
+    pub(super) fn passed(&self) -> Result<bool> {
+        self.driver.bind("asking an event")?;
+        // SAFETY: the event is alive.
+        match unsafe { result::event::query(self.handle) } {
+            Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_READY)) => Ok(false),
+            answer => self.driver.check("asking an event", answer).map(|()| true),
+        }
+    }
+
+    pub(super) fn elapsed_ms(&self, start: &CudaEvent) -> Result<f64> {
+        self.wait()?;
+        // SAFETY: both events are alive and recorded.
+        let ms = unsafe { result::event::elapsed(start.handle, self.handle) };
+        self.driver.check("timing between events", ms).map(f64::from)
+    }
+}
+
+impl Drop for CudaEvent {
+    fn drop(&mut self) {
+        // SAFETY: made by record and destroyed once; an error belongs to an earlier launch.
+        let _ = self.driver.context.bind_to_thread().and_then(|()| unsafe { result::event::destroy(self.handle) });
+    }
+}
+
+/// A captured graph, ready to start.
+pub struct CudaGraph {
+    exec: sys::CUgraphExec,
+    driver: Arc<CudaDriver>,
+}
+
+// SAFETY: a graph is started from one thread at a time, because Driver::replay borrows it and the stream orders it.
+unsafe impl Send for CudaGraph {}
+
+impl Drop for CudaGraph {
+    fn drop(&mut self) {
+        // SAFETY: made by end_capture and destroyed once; an error belongs to an earlier launch.
+        let _ = self.driver.context.bind_to_thread().and_then(|()| unsafe { result::graph::exec_destroy(self.exec) });
+    }
+}
+
+/// CUDA version that the installed driver supports, such as 13000.
+///
+/// # Errors
+/// [`Error::Device`] when there is no driver.
+pub fn driver_version() -> Result<i32> {
+    if !cuda_present() {
+        return Err(Error::Device(
+            "no NVIDIA driver: libcuda was not found on this machine; install the driver (580 or newer), or use \
+             --device cpu"
+                .into(),
+        ));
+    }
+    let mut version = 0;
+    // SAFETY: the library is there, and the function fills one integer.
+    unsafe { sys::cuDriverGetVersion(&mut version).result() }.map_err(|e| plain("asking the driver's version", e))?;
+    Ok(version)
+}
+
+/// The architectures in this binary, in words.
+pub fn arch_list() -> String {
+    if ARCHS.is_empty() {
+        return "no architecture".into();
+    }
+    let name = |a: &&str| a.strip_prefix('+').map_or_else(|| format!("sm_{a}"), |p| format!("PTX of compute_{p}"));
+    ARCHS.iter().map(name).collect::<Vec<_>>().join(", ")
+}
+
+fn cluster_attribute(blocks: u32) -> sys::CUlaunchAttribute {
+    use sys::{CUlaunchAttributeID as Id, CUlaunchAttributeValue as Value};
+    let dim = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: blocks, y: 1, z: 1 };
+    let id = Id::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+    sys::CUlaunchAttribute { id, pad: [0; 4], value: Value { clusterDim: dim } }
+}
+
+/// Errors after which nothing in this process reaches the GPU any more.
+fn is_sticky(code: sys::CUresult) -> bool {
+    use sys::CUresult as R;
+    matches!(
+        code,
+        R::CUDA_ERROR_ILLEGAL_ADDRESS
+            | R::CUDA_ERROR_ILLEGAL_INSTRUCTION
+            | R::CUDA_ERROR_MISALIGNED_ADDRESS
+            | R::CUDA_ERROR_INVALID_ADDRESS_SPACE
+            | R::CUDA_ERROR_INVALID_PC
+            | R::CUDA_ERROR_LAUNCH_FAILED
+            | R::CUDA_ERROR_LAUNCH_TIMEOUT
+            | R::CUDA_ERROR_HARDWARE_STACK_ERROR
+            | R::CUDA_ERROR_ASSERT
+            | R::CUDA_ERROR_ECC_UNCORRECTABLE
+    )
+}
+
+/// Name and text of a CUDA error, and what helps. Only called when the library is there.
+fn describe(error: DriverError) -> String {
+    use sys::CUresult as R;
+    let text = |t: std::result::Result<&std::ffi::CStr, DriverError>| {
+        t.map_or_else(|_| format!("CUDA error {}", error.0 as u32), |c| c.to_string_lossy().into_owned())
+    };
+    let (name, words) = (text(error.error_name()), text(error.error_string()));
+    let help = match error.0 {
+        R::CUDA_ERROR_NO_DEVICE => " (no GPU is visible: see nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu)",
+        R::CUDA_ERROR_OUT_OF_MEMORY => " (use a smaller --batch or --microbatch)",
+        R::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH | R::CUDA_ERROR_INVALID_IMAGE => {
+            " (update the NVIDIA driver to 580 or newer)"
+        }
+        R::CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES => " (the block needs more registers or shared memory than this GPU has)",
+        R::CUDA_ERROR_ECC_UNCORRECTABLE => " (the GPU's memory is faulty: reset or replace it)",
+        R::CUDA_ERROR_DEVICE_UNAVAILABLE => " (another process holds the GPU exclusively: see nvidia-smi)",
+        code if is_sticky(code) => " (the process has lost the GPU: end it and resume from the last checkpoint)",
+        _ => "",
+    };
+    format!("{name}, {words}{help}")
+}
+
+/// An error before there is a driver to remember it.
+fn plain(what: &str, error: DriverError) -> Error {
+    Error::Device(format!("{what}: {}", describe(error)))
+}
