@@ -12,5 +12,6 @@ mod golden;
 mod import;
 mod kernels;
 mod network;
+mod pictures;
 mod steps;
 mod train;
