@@ -4,6 +4,7 @@
 
 mod bench;
 pub mod data;
+pub mod doctor;
 mod export;
 mod flags;
 mod frames;
@@ -148,9 +149,9 @@ fn run(cli: Cli) -> Result<()> {
         Command::Sample(a) => sample::main(&a, g),
         Command::Nll(a) => nll::main(&a, g),
         Command::Plan(a) => plan::main(&a, g),
-        Command::Plot(c) => plot::main(&c, g),
         Command::Import(a) => import::main(&a, g),
         Command::Export(a) => export::main(&a, g),
+        Command::Plot(c) => plot::main(&c, g),
         Command::Bench(c) => bench::main(&c, g),
         Command::Data(DataCommand::Inspect { data, image_size, channels }) => {
             let mut spec = data.spec(&Default::default(), g.threads)?;

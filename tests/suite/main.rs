@@ -8,6 +8,7 @@ mod device;
 mod diffusion;
 mod driver;
 mod floors;
+mod fuzz;
 mod golden;
 mod import;
 mod kernels;
