@@ -14,5 +14,6 @@ mod golden;
 mod import;
 mod kernels;
 mod network;
+mod pictures;
 mod steps;
 mod train;
