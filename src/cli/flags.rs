@@ -109,7 +109,7 @@ pub struct ModelFlags {
 #[derive(clap::Args, Clone, Debug, Default)]
 pub struct TrainFlags {
     /// Named configuration that the other flags change: digits, mnist, cifar10, cifar10-vlb, imagenet64,
-    /// imagenet64-vlb, imagenet64-cond, lsun256, lsun256-bs64, reference [default: digits; reference with --data-dir]
+    /// imagenet64-vlb, imagenet64-cond, lsun256, lsun256-bs64, guided64, guided-cifar10, reference [default: digits; reference with --data-dir]
     #[arg(long)]
     pub preset: Option<String>,
     /// Optimiser steps after which training ends [default: of the preset]

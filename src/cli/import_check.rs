@@ -48,7 +48,7 @@ impl Check<'_> {
     pub fn run(&self, threads: usize, mut read: impl FnMut(usize) -> Result<Vec<f32>>) -> Result<String> {
         let m = &self.config.model;
         let levels = m.channel_mult.len();
-        let size = if self.images.is_some() { m.image_size } else { m.image_size.min(2 << (levels - 1)) };
+        let size = if self.images.is_some() { m.image_size } else { 1 << (levels - 1) };
         let batch = if self.images.is_some() { BATCH } else { 1 };
         let mut device = Device::cpu(threads)?;
         let stored = self.bind(&mut device, m, size, batch)?;
