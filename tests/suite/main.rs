@@ -14,4 +14,5 @@ mod import;
 mod kernels;
 mod network;
 mod steps;
+mod super_res;
 mod train;
