@@ -108,7 +108,10 @@ impl<'a> Images<'a> {
     }
 
     /// Writes the only image as a PNG.
-    fn write_png(&self, path: &Path) -> Result<()> {
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the folder cannot be written.
+    pub fn write_png(&self, path: &Path) -> Result<()> {
         assert!(self.n() == 1, "a PNG of {} images", self.n());
         atomically(path, |file| {
             let mut encoder = png::Encoder::new(std::io::BufWriter::new(file), self.w as u32, self.h as u32);

@@ -11,7 +11,9 @@ pub mod diffusion;
 pub mod grid;
 pub mod import;
 pub mod npz;
+pub mod plot;
 pub mod schedule;
+pub mod tensorboard;
 pub mod timestep;
 
 pub mod autograd;

@@ -4,6 +4,7 @@
 
 mod bench;
 pub mod data;
+pub mod doctor;
 mod export;
 mod flags;
 mod images;
@@ -11,6 +12,7 @@ mod import;
 mod import_check;
 mod nll;
 mod plan;
+mod plot;
 mod progress;
 mod sample;
 mod train;
@@ -78,6 +80,9 @@ enum Command {
     /// Print the recorded steps of training: shapes, bytes, FLOPs, places in memory
     #[command(after_help = "Example:\n  iddpm plan --preset cifar10 --batch-size 16")]
     Plan(Box<plan::PlanArgs>),
+    /// Draw charts of schedules, training and bits/dim
+    #[command(subcommand)]
+    Plot(plot::PlotCommand),
     /// Look at a set of images before training on it
     #[command(subcommand)]
     Data(DataCommand),
@@ -161,6 +166,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::SuperRes(SuperResCommand::Sample(a)) => sample::main(&a, g),
         Command::Import(a) => import::main(&a, g),
         Command::Export(a) => export::main(&a, g),
+        Command::Plot(c) => plot::main(&c, g),
         Command::Bench(c) => bench::main(&c, g),
         Command::Data(DataCommand::Inspect { data, image_size, channels }) => {
             let mut spec = data.spec(&Default::default(), g.threads)?;
