@@ -16,4 +16,5 @@ mod kernels;
 mod network;
 mod pictures;
 mod steps;
+mod super_res;
 mod train;
