@@ -81,6 +81,7 @@ struct Stream {
 
 // Draws the normals of elements first .. first + count of a stream into shared memory; first is a multiple of 4.
 DEV void draw(float* eps, const Stream& stream, int64_t first, int count) {
+#pragma unroll 1
     for (int quad = threadIdx.x; 4 * quad < count; quad += THREADS) {
         reinterpret_cast<float4*>(eps)[quad] = stream.normals(first / 4 + quad);
     }

@@ -38,6 +38,7 @@ DEV void p_sample(float* x, bf16* copy, float* predicted, const T* out, const in
         }
         __syncthreads();
         Cursor cursor(g);
+#pragma unroll 2
         for (int i = threadIdx.x; i < count; i += THREADS, cursor.next()) {
             const T* o = staged + cursor.at();
             float x_t = x[start + i], mean = to_float(o[0]), v = reverse.learned ? to_float(o[g.channels]) : 0.0f;
@@ -54,12 +55,12 @@ DEV void p_sample(float* x, bf16* copy, float* predicted, const T* out, const in
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 4)
+extern "C" __global__ void __launch_bounds__(THREADS)
     p_sample_f32(float* x, bf16* copy, float* predicted, const float* out, const int32_t* seeds, const float* given, const Control* control,
                  const ReverseRow* rows, const Reverse reverse, const Tiling g) {
     p_sample(x, copy, predicted, out, seeds, given, control, rows, reverse, g);
 }
-extern "C" __global__ void __launch_bounds__(THREADS, 4)
+extern "C" __global__ void __launch_bounds__(THREADS)
     p_sample_bf16(float* x, bf16* copy, float* predicted, const bf16* out, const int32_t* seeds, const float* given, const Control* control,
                   const ReverseRow* rows, const Reverse reverse, const Tiling g) {
     p_sample(x, copy, predicted, out, seeds, given, control, rows, reverse, g);
