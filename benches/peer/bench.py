@@ -95,6 +95,17 @@ def seconds_per_call(fn, device, iters):
     return begin.elapsed_time(end) / 1e3 / iters
 
 
+def calls_per_block(fn, device, block_s, most=2000):
+    return max(1, min(most, round(block_s / max(seconds_per_call(fn, device, 2), 1e-7))))
+
+
+def block(fn, device, calls):
+    """Seconds per call over one block, and the share of the cores that others used meanwhile (CPU only)."""
+    before = Load()
+    seconds = seconds_per_call(fn, device, calls)
+    return seconds, before.foreign(Load()) if device != "cuda" else None
+
+
 FEWEST = 3  # blocks that a median is taken over
 
 
@@ -108,16 +119,13 @@ def measure(fn, device, blocks=5, block_s=0.2, warmup=3, max_iters=2000, limit_s
     for _ in range(warmup):
         fn()
     sync(device)
-    once = seconds_per_call(fn, device, 2)
-    iters = max(1, min(max_iters, int(block_s / max(once, 1e-7))))
+    iters = calls_per_block(fn, device, block_s, max_iters)
     taken, begin = [], time.monotonic()
     while len(quiet := [b for b in taken if b[1] is None or b[1] <= QUIET]) < blocks:
         enough = len(taken) >= blocks if limit_s is None else time.monotonic() - begin > limit_s
         if len(taken) >= FEWEST and enough:
             break
-        before = Load()
-        seconds = seconds_per_call(fn, device, iters)
-        taken.append((seconds, before.foreign(Load()) if device != "cuda" else None))
+        taken.append(block(fn, device, iters))
     busy = len(quiet) < FEWEST
     used = taken if busy else quiet
     times, foreign = [t for t, _ in used], [f for _, f in used if f is not None]

@@ -1,4 +1,5 @@
-"""One training or sampling variant in its own process: `python worker.py JOB.json RESULT.json`.
+"""One training or sampling variant in its own process: `python worker.py JOB.json RESULT.json`, or `python worker.py --serve JOB.json`,
+which answers every line of its input with the time of a block: one side of an interleaved comparison.
 
 A job names a config, a batch and one variant (see TRAIN and SAMPLE defaults below); the result
 holds ms, img/s, TFLOP/s, compile seconds, peak memory, or the first line of the exception.
@@ -13,7 +14,7 @@ import warnings
 
 import torch
 
-from bench import captured, first_line, kernel_table, measure, sync
+from bench import block, calls_per_block, captured, first_line, kernel_table, measure, sync
 from load import peak_memory
 from diffusion import Diffusion, FlatOptimizer, FusedOptimizer
 from unet import CONFIGS, UNet
@@ -72,14 +73,15 @@ def laid_out(x, job):
     return x.contiguous(memory_format=torch.channels_last) if job["layout"] == "nhwc" else x
 
 
-def labels(cfg, n, device):
+def labels(cfg):
     assert cfg.num_classes is None, "the timed configurations are unconditional"
 
 
-def train(job):
+def training(job):
+    """One training step as a function, its first run's seconds, the configuration, the network and the last loss."""
     cfg, net, diffusion = prepare(job, True)
     device, n = job["device"], job["batch"]
-    labels(cfg, n, device)
+    labels(cfg)
     images = laid_out(torch.randint(0, 256, (n, cfg.in_channels, cfg.image_size, cfg.image_size), device=device), job)
     images = images.to(torch.uint8)
     if job["opt"] == "flat":
@@ -100,10 +102,19 @@ def train(job):
         last.copy_(loss.detach())
         opt.step()
 
+    return step, first_run(step, device), cfg, net, last
+
+
+def first_run(step, device):
     start = time.perf_counter()
     step()
     sync(device)
-    first = time.perf_counter() - start
+    return time.perf_counter() - start
+
+
+def train(job):
+    step, first, cfg, net, last = training(job)
+    device, n = job["device"], job["batch"]
     if job.get("compile_only"):
         return {"compile_s": first}
     for _ in range(3 if job["tiny"] else 11):
@@ -112,7 +123,7 @@ def train(job):
     run = captured([step], device) if job["graph"] else step
     result = measure(run, device, warmup=2 if job["tiny"] else 20, **effort(job))
     out = {**times(result), "img_s": n / result["s"], "tflops": 6e9 * cfg.gmac * n / result["s"] / 1e12,
-           "compile_s": first, "loss": last.item(), "params": sum(p.numel() for p in net.parameters())}
+           "compile_s": first, "loss": last.item(), "params": count(net)}
     if device == "cuda":
         out["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
     elif peak_memory():
@@ -120,6 +131,10 @@ def train(job):
     if job.get("kernels"):
         out["kernels"] = kernel_table(run, device)
     return out
+
+
+def count(net):
+    return sum(p.numel() for p in net.parameters())
 
 
 def effort(job):
@@ -134,11 +149,11 @@ def times(result):
     return {**ms, **{k: result[k] for k in ("spread", "blocks", "calls", "busy", "foreign")}}
 
 
-@torch.no_grad()
-def sample(job):
+def sampling(job):
+    """One reverse step as a function, its first run's seconds, the configuration and the network."""
     cfg, net, diffusion = prepare(job, False)
     device, n = job["device"], job["batch"]
-    labels(cfg, n, device)
+    labels(cfg)
     x = laid_out(torch.randn(n, cfg.in_channels, cfg.image_size, cfg.image_size, device=device), job)
     t = torch.full((n,), diffusion.steps - 1, device=device)
 
@@ -150,6 +165,7 @@ def sample(job):
 
     reverse = compiled(reverse, job["mode"])
 
+    @torch.no_grad()
     def step():
         if job["mode"] in ("reduce-overhead", "max-autotune"):
             torch.compiler.cudagraph_mark_step_begin()
@@ -158,16 +174,31 @@ def sample(job):
         x.copy_(x_next)
         t.copy_(t_next)
 
-    start = time.perf_counter()
-    step()
-    sync(device)
-    first = time.perf_counter() - start
+    return step, first_run(step, device), cfg, net
+
+
+def sample(job):
+    step, first, cfg, net = sampling(job)
+    device, n = job["device"], job["batch"]
     for _ in range(2 if job["tiny"] else 11):
         step()
     run = captured([step], device) if job["graph"] else step
     result = measure(run, device, warmup=2 if job["tiny"] else 10, **effort(job))
     return {**times(result), "img_steps_s": n / result["s"], "tflops": 2e9 * cfg.gmac * n / result["s"] / 1e12,
-            "compile_s": first}
+            "compile_s": first, "params": count(net)}
+
+
+def serve(job):
+    """Answer every line of the input with the time of a block of steps."""
+    step, first, cfg, net = (training(job)[:4] if job["kind"] == "train" else sampling(job))
+    for _ in range(3):
+        step()
+    calls = calls_per_block(step, job["device"], job["block_s"])
+    print(json.dumps({"ready": True, "params": count(net), "batch": job["batch"], "threads": torch.get_num_threads(),
+                      "torch": torch.__version__, "compile_s": first}), flush=True)
+    for _ in sys.stdin:
+        seconds, foreign = block(step, job["device"], calls)
+        print(json.dumps({"s": seconds, "calls": calls, "foreign": foreign}), flush=True)
 
 
 def startup(job):
@@ -211,8 +242,11 @@ def curve(job):
 
 
 def main():
-    job = json.load(open(sys.argv[1]))
+    serving = sys.argv[1] == "--serve"
+    job = json.load(open(sys.argv[2 if serving else 1]))
     job = {**(SAMPLE if job["kind"] == "sample" else TRAIN), **job}
+    if serving:
+        return serve(job)
     try:
         result = {"train": train, "sample": sample, "startup": startup, "curve": curve}[job["kind"]](job)
     except Exception as error:

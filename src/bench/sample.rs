@@ -3,7 +3,7 @@
 use super::ceilings::Ceilings;
 use super::configs::Named;
 use super::record::{Record, Row, Table, timing_cells};
-use super::run::weights;
+use super::run::{Open, weights};
 use super::timing::{Effort, measure};
 use crate::config::Config;
 use crate::device::Device;
@@ -33,17 +33,17 @@ pub struct Walks {
 }
 
 impl Walks {
-    /// Records, plans and binds a sampler of `batch` pictures on `threads` threads.
+    /// Records, plans and binds a sampler of `batch` pictures on a device that `open` gives.
     ///
     /// # Errors
     /// Memory that cannot be had.
-    pub fn new(config: &Config, reverse: Reverse, batch: usize, threads: usize) -> Result<Self> {
+    pub fn new(config: &Config, reverse: Reverse, batch: usize, open: Open) -> Result<Self> {
         let params = Params::new(&config.model);
         let mut diffusion = config.diffusion.clone();
         diffusion.timestep_respacing = WALK.to_string();
         let settings = SampleSettings { reverse, clip: true, batch };
         let flops = sampler::plan(&config.model, &diffusion, &params, &settings)?.graph.cost().flops;
-        let mut device = Device::cpu(threads)?;
+        let mut device = open()?;
         device.write_region(Region::Params, &weights(&params, config.train.seed))?;
         let sampler = Sampler::new(&mut device, &config.model, &diffusion, &params, &settings)?;
         let seeds = (0..batch as u64).collect();
@@ -69,7 +69,7 @@ pub fn sample(
     record: &mut Record,
     list: &[Named],
     batches: &[usize],
-    threads: usize,
+    open: Open,
     effort: &Effort,
     ceilings: &Ceilings,
 ) -> Result<()> {
@@ -80,7 +80,7 @@ pub fn sample(
         for &batch in batches {
             for (kind, reverse) in KINDS {
                 eprintln!("{name}: {kind}, batch {batch}");
-                let mut walks = Walks::new(config, reverse, batch, threads)?;
+                let mut walks = Walks::new(config, reverse, batch, open)?;
                 let timing = measure(effort, || walks.run())?.per(WALK);
                 let mut row: Row = vec![
                     ("config", name.as_str().into()),

@@ -7,11 +7,13 @@ pub mod data;
 pub mod doctor;
 mod export;
 mod flags;
+mod frames;
 mod images;
 mod import;
 mod import_check;
 mod nll;
 mod plan;
+mod plot;
 mod progress;
 mod sample;
 mod train;
@@ -70,7 +72,8 @@ enum Command {
     Train(Box<train::TrainArgs>),
     /// Make pictures with a trained model
     #[command(after_help = "Examples:\n  iddpm sample\n  iddpm sample --model-path runs/cifar --use-ddim \
-        --timestep-respacing 50 --num-samples 16\n  iddpm sample --model-path runs/cond --labels 3,5")]
+        --timestep-respacing 50 --num-samples 16\n  iddpm sample --model-path runs/cond --labels 3,5\n  iddpm sample \
+        --strip strip.png --animation walk.gif --frame-of xt")]
     Sample(Box<sample::SampleArgs>),
     /// Measure bits/dim by the variational bound
     #[command(after_help = "Examples:\n  iddpm nll --num-samples 50\n  iddpm nll --model-path runs/cifar --data-dir \
@@ -79,6 +82,9 @@ enum Command {
     /// Print the recorded steps of training: shapes, bytes, FLOPs, places in memory
     #[command(after_help = "Example:\n  iddpm plan --preset cifar10 --batch-size 16")]
     Plan(Box<plan::PlanArgs>),
+    /// Draw charts of schedules, training and bits/dim
+    #[command(subcommand)]
+    Plot(plot::PlotCommand),
     /// Look at a set of images before training on it
     #[command(subcommand)]
     Data(DataCommand),
@@ -145,6 +151,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Plan(a) => plan::main(&a, g),
         Command::Import(a) => import::main(&a, g),
         Command::Export(a) => export::main(&a, g),
+        Command::Plot(c) => plot::main(&c, g),
         Command::Bench(c) => bench::main(&c, g),
         Command::Data(DataCommand::Inspect { data, image_size, channels }) => {
             let mut spec = data.spec(&Default::default(), g.threads)?;

@@ -53,6 +53,9 @@ pub struct TrainArgs {
     /// Checkpoints kept
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..), help_heading = "Run")]
     keep: u16,
+    /// Write event files for TensorBoard beside log.jsonl
+    #[arg(long, help_heading = "Run")]
+    tensorboard: bool,
 }
 
 /// Where a run starts.
@@ -178,6 +181,7 @@ impl TrainArgs {
             save_interval,
             sample_interval: self.sample_interval.unwrap_or(save_interval),
             keep: self.keep.into(),
+            tensorboard: self.tensorboard,
             time_limit: self.minutes.map(|m| Duration::from_secs_f64(60.0 * m)),
         }
     }

@@ -1,5 +1,6 @@
 //! Every integration test, in one binary.
 
+mod bench;
 mod cli;
 #[cfg(feature = "emulator")]
 mod cuda_ops;
@@ -8,9 +9,11 @@ mod device;
 mod diffusion;
 mod driver;
 mod floors;
+mod fuzz;
 mod golden;
 mod import;
 mod kernels;
 mod network;
+mod pictures;
 mod steps;
 mod train;

@@ -307,7 +307,18 @@ fn published_models_have_their_sizes() {
         use_scale_shift_norm: false,
         ..imagenet.clone()
     };
+    // guided-diffusion's 64x64 model, and one for CIFAR-10 trained with its network.
+    let guided = ModelConfig {
+        attention_resolutions: vec![2, 4, 8],
+        num_head_channels: Some(64),
+        resblock_updown: true,
+        use_new_attention_order: true,
+        ..conditional.clone()
+    };
+    let guided_cifar = ModelConfig { num_head_channels: Some(32), resblock_updown: true, ..cifar.clone() };
     let sizes = [
+        (guided, 541, 295_904_454),
+        (guided_cifar, 494, 57_094_662),
         (cifar, 446, 52_546_438),
         (imagenet, 450, 121_063_942),
         (conditional, 451, 273_049_350),

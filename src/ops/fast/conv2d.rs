@@ -351,10 +351,11 @@ impl Job<'_> {
             for tx in phase.cols {
                 let step = ty.offset * w as isize + tx.offset;
                 for (source, &channels) in sources.iter().zip(lengths) {
+                    // Without branches, which would be hard to foresee, and in vectors.
                     for (p, row) in rows[segment].iter_mut().enumerate() {
-                        let inside = ((at.y[p] + ty.offset) as usize) < h && ((at.x[p] + tx.offset) as usize) < w;
+                        let (y, x) = ((at.y[p] + ty.offset) as usize, (at.x[p] + tx.offset) as usize);
                         let pixel = source.wrapping_offset((at.src[p] + step) * channels as isize);
-                        *row = if inside { pixel } else { self.zeros.as_ptr() };
+                        *row = if (y < h) & (x < w) { pixel } else { self.zeros.as_ptr() };
                     }
                     segment += 1;
                 }

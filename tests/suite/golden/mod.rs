@@ -5,6 +5,7 @@
 //! folder with other seeds, sizes and cases is checked by the same code. A file of no known kind, a vector file without an index
 //! entry, and a result that no check compared are errors.
 
+mod architectures;
 mod codes;
 mod gaussian;
 mod likelihood;
@@ -48,7 +49,7 @@ const KINDS: &[(&str, Check)] = &[
 const UNREAD: &[(&str, &str)] = &[
     ("10_superres", "the super-resolution network is not part of the crate"),
     ("11_pt", "read by pickles_match_the_reference"),
-    ("12_architectures.json", "parameter lists belong to the network's tests"),
+    ("12_architectures.json", "read by architectures_match_the_reference"),
     ("INDEX.md", "prose"),
     ("index.json", "read by every check"),
 ];
@@ -120,6 +121,14 @@ kinds! {
     adamw_ema_matches_the_reference "10_adamw_ema",
     training_matches_the_reference "10_training",
     image_codes_match_the_reference "12_image_codes",
+}
+
+#[test]
+fn architectures_match_the_reference() {
+    let path = folder().join("12_architectures.json");
+    if path.exists() {
+        architectures::check(&path);
+    }
 }
 
 #[test]
