@@ -82,8 +82,7 @@ struct Stream {
 // Draws the normals of elements first .. first + count of a stream into shared memory; first is a multiple of 4.
 DEV void draw(float* eps, const Stream& stream, int64_t first, int count) {
     for (int quad = threadIdx.x; 4 * quad < count; quad += THREADS) {
-        float4 e = stream.normals(first / 4 + quad);
-        reinterpret_cast<Vec<float, 4>*>(eps)[quad] = Vec<float, 4>{e.x, e.y, e.z, e.w};
+        reinterpret_cast<float4*>(eps)[quad] = stream.normals(first / 4 + quad);
     }
 }
 

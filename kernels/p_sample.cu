@@ -52,12 +52,12 @@ DEV void p_sample(float* x, bf16* copy, float* predicted, const T* out, const in
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
     p_sample_f32(float* x, bf16* copy, float* predicted, const float* out, const int32_t* seeds, const Control* control,
                  const ReverseRow* rows, const Reverse reverse, const Tiling g) {
     p_sample(x, copy, predicted, out, seeds, control, rows, reverse, g);
 }
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
     p_sample_bf16(float* x, bf16* copy, float* predicted, const bf16* out, const int32_t* seeds, const Control* control,
                   const ReverseRow* rows, const Reverse reverse, const Tiling g) {
     p_sample(x, copy, predicted, out, seeds, control, rows, reverse, g);

@@ -4,7 +4,7 @@
 // x_0' - x_0 = clamp(m error, -1 - x_0, 1 - x_0), and eps' - eps is a multiple of it. Error: as hybrid_loss.
 #include "image.cuh"
 
-// src/ops/vb_terms.rs BoundArg.
+// src/ops/vb_terms.rs EvaluationArg.
 struct Evaluation {
     int32_t clip;       // the x_0 prediction to [-1, 1]
     int32_t nll_first;  // the decoder's likelihood at t = 0

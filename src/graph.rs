@@ -198,6 +198,8 @@ pub struct Graph {
     pub steps: Vec<Step>,
     /// Parameter gradients already written by an earlier step, so that the next one adds.
     pub grads_written: HashSet<Val>,
+    /// Activations are bf16, for CUDA; otherwise f32.
+    pub half: bool,
     scope: String,
     region_bytes: [usize; Region::ALL.len()],
 }
@@ -219,6 +221,12 @@ impl Graph {
     /// A new f32 value in the arena.
     pub fn arena(&mut self, name: &str, shape: Shape) -> Val {
         self.value(name, shape, DType::F32, Place::Arena)
+    }
+
+    /// A new value in the arena of the type of activations: f32, or bf16 where the plan is recorded for it.
+    pub fn activation(&mut self, name: &str, shape: Shape) -> Val {
+        let dtype = if self.half { DType::Bf16 } else { DType::F32 };
+        self.value(name, shape, dtype, Place::Arena)
     }
 
     /// A new value at the end of `region`.

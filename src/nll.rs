@@ -104,12 +104,13 @@ impl Nll {
         let labels = model.num_classes.map(|_| g.fixed("labels", rows, DType::I32, Region::Inputs));
         let terms = ["vb", "x_0_mse", "eps_mse"].map(|name| g.fixed(name, rows, DType::F32, Region::State));
         let batch = Images { data, index, flip: false, first_image: 0, control };
-        let (x_t, eps) = QSample::record(&mut g, batch.clone(), t, Noise::PerImage, process.clone());
+        let noise = Noise::PerImage;
+        let x_t = QSample::record(&mut g, batch.clone(), t, noise, process.clone());
         let out = unet::record(&mut g, model, &vals, x_t.into(), time, labels, None).out;
         let ([vb, x_0_mse, eps_mse], clip) = (terms, settings.clip);
         let (objective, process_) = (Objective::from_config(diffusion), process.clone());
         g.scope("bound");
-        g.push(VbTerms { vb, x_0_mse, eps_mse, out, images: batch, x_t, eps, t, objective, clip, process: process_ });
+        g.push(VbTerms { vb, x_0_mse, eps_mse, out, images: batch, noise, t, objective, clip, process: process_ });
         let id = device.bind(Plan::new(g, true))?;
         let (batch, classes, rescale, seed) =
             (settings.batch, model.num_classes, diffusion.rescale_timesteps, settings.seed);

@@ -62,6 +62,7 @@ unsigned lane() __attribute__((const));
 // ---- waiting for each other ----
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 void yield();
+void fence();
 int barrier(unsigned id, unsigned threads, const char* file, int line, bool wait, int vote);  // threads 0: the block
 void collective(uint32_t mask, int op, void* mine, void (*last)(void** lanes, uint32_t mask));
 void sync_warp(uint32_t mask);
@@ -155,7 +156,7 @@ template <class T> inline T __ldcs(const T* p) { return *p; }
 template <class T> inline T __ldcg(const T* p) { return *p; }
 template <class T> inline void __stcs(T* p, const T& v) { *p = v; }
 template <class T> inline void __stcg(T* p, const T& v) { *p = v; }
-inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+inline void __threadfence() { emu::fence(); }
 inline void __threadfence_block() {}
 template <class T> using EmuInteger = std::enable_if_t<std::is_integral_v<T>, T>;
 template <class T> inline EmuInteger<T> atomicAdd(T* p, std::type_identity_t<T> v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
@@ -177,6 +178,9 @@ template <class T> inline EmuInteger<T> atomicMin(T* p, std::type_identity_t<T> 
 }
 
 // ---- mathematics. The fast forms are the accurate ones here: their error on the device is bounded by its documents ----
+using std::isfinite;
+using std::isinf;
+using std::isnan;
 using std::max;
 using std::min;
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
@@ -194,6 +198,8 @@ inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline float __fmul_rn(float a, float b) { return a * b; }  // -ffp-contract=off: never fused
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
+inline double __dadd_rn(double a, double b) { return a + b; }
 inline float __saturatef(float x) { return x > 0 ? (x < 1 ? x : 1.0f) : 0.0f; }
 inline void __sincosf(float x, float* s, float* c) { *s = sinf(x); *c = cosf(x); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned((uint64_t(a) * b) >> 32); }

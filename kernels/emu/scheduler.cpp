@@ -4,6 +4,13 @@
 #include <cstdarg>
 
 namespace emu {
+// Orders the memory of the threads that call it. The counter is what a race checker sees of that.
+void fence() {
+    static std::atomic<unsigned> turn;
+    turn.fetch_add(1, std::memory_order_acq_rel);
+    std::atomic_thread_fence(std::memory_order_seq_cst);
+}
+
 static void thread_main();
 
 uint64_t random_bits() {

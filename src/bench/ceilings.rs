@@ -6,7 +6,7 @@
 
 use super::timing::{Effort, Timing, measure};
 use crate::device::Device;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use rayon::prelude::*;
 use serde::Serialize;
 use std::hint::black_box;
@@ -37,7 +37,9 @@ impl Ceilings {
     /// # Errors
     /// Those of the timing.
     pub fn measure(device: &Device, effort: &Effort) -> Result<Self> {
-        let Device::Cpu(cpu) = device;
+        let Device::Cpu(cpu) = device else {
+            return Err(Error::Device("the ceilings of a GPU are not measured yet; use --device cpu".into()));
+        };
         let (instructions, lanes, kernel) = multiply_add();
         let flops = (cpu.threads() * ROUNDS * CHAINS * lanes * 2) as f64;
         let arithmetic = measure(effort, || {

@@ -102,7 +102,7 @@ fn distinct(mut g: Graph, config: &Config, control: Val) -> (Graph, Vec<Kind>) {
 fn add_sampling(g: &mut Graph, config: &Config, control: Val) {
     let loss = g.steps.iter().find_map(|s| if let Op::HybridLoss(op) = &s.op { Some(op.clone()) } else { None });
     let loss = loss.expect("a training step has a loss");
-    let (n, size) = (config.train.batch_size, g.shape(loss.x_t));
+    let (n, size) = (config.train.batch_size, loss.images.shape(g));
     let mut state = |name, shape| g.fixed(name, shape, DType::F32, Region::State);
     let (x, x_0) = (state("x", size), state("x_0", size));
     let [vb, x_0_mse, eps_mse] = ["vb", "x_0_mse", "eps_mse"].map(|name| state(name, Shape::rows(n, 1)));
@@ -110,10 +110,10 @@ fn add_sampling(g: &mut Graph, config: &Config, control: Val) {
     let d = &config.diffusion;
     let output = Output { mean_type: d.mean_type, var_type: d.var_type };
     let (out, process) = (loss.out, loss.process.clone());
-    g.push(PSample { x, x_0, out, seeds, control, reverse: Reverse::Ancestral, output, clip: true, process });
-    let (images, x_t, eps, t) = (loss.images, loss.x_t, loss.eps, loss.t);
+    g.push(PSample { x, copy: None, x_0: Some(x_0), out, seeds, control, reverse: Reverse::Ancestral, output, clip: true, process });
+    let (images, noise, t) = (loss.images, loss.noise, loss.t);
     let (objective, process) = (loss.objective, loss.process);
-    g.push(VbTerms { vb, x_0_mse, eps_mse, out, images, x_t, eps, t, objective, clip: true, process });
+    g.push(VbTerms { vb, x_0_mse, eps_mse, out, images, noise, t, objective, clip: true, process });
 }
 
 /// "outputs <- inputs", small vectors left out.

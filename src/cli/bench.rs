@@ -108,7 +108,7 @@ pub fn main(command: &BenchCommand, global: &Global) -> Result<()> {
     let one = matches!(command, BenchCommand::Kernels(_) | BenchCommand::Sample { .. });
     let (list, effort) = (args.configs(if one { &SMALL[..1] } else { &SMALL })?, args.effort()?);
     let device = Device::cpu(threads)?;
-    let Device::Cpu(cpu) = &device;
+    let Device::Cpu(cpu) = &device else { panic!("Device::cpu gives the processor") };
     let count = cpu.threads();
     // Seconds and bytes of a process are compared with nothing that the machine could do at most.
     let whole = matches!(command, BenchCommand::Startup(_) | BenchCommand::Memory(_));

@@ -4,12 +4,15 @@
 //! it, and for each plan its inputs, its state and its arena.
 
 pub mod cpu;
+pub mod cuda;
 pub mod driver;
 
 use crate::error::Result;
 use crate::graph::{Graph, Region, Val};
 use crate::memory::{self, Layout};
 use cpu::Cpu;
+use cuda::Cuda;
+use driver::Driver;
 
 /// A recorded list with a place for every value.
 #[derive(Clone, Debug)]
@@ -50,12 +53,52 @@ pub enum Weights {
 pub enum Device {
     /// The processor, in f32.
     Cpu(Cpu),
+    /// A GPU, or its emulation.
+    Cuda(Cuda),
 }
 
 impl Device {
     /// The processor with `threads` threads (0: as many as there are cores).
     pub fn cpu(threads: usize) -> Result<Self> {
         Ok(Device::Cpu(Cpu::new(threads)?))
+    }
+
+    /// GPU number `ordinal`.
+    ///
+    /// # Errors
+    /// When there is no driver, no such GPU, or the binary has no kernels for it.
+    pub fn cuda(ordinal: usize) -> Result<Self> {
+        Ok(Device::Cuda(Cuda::new(Driver::cuda(ordinal)?)?))
+    }
+
+    /// The CUDA kernels run on the processor.
+    ///
+    /// # Errors
+    /// When the build has no emulator.
+    pub fn emulated() -> Result<Self> {
+        Ok(Device::Cuda(Cuda::new(Driver::emulated()?)?))
+    }
+
+    /// Records the plan as one graph where the device can: `run` then starts it as a whole.
+    ///
+    /// # Errors
+    /// When the device refuses.
+    pub fn capture(&mut self, id: PlanId) -> Result<()> {
+        match self {
+            Device::Cpu(_) => Ok(()),
+            Device::Cuda(d) => d.capture(id),
+        }
+    }
+
+    /// Waits until everything that was started has ended.
+    ///
+    /// # Errors
+    /// When some of it failed.
+    pub fn sync(&self) -> Result<()> {
+        match self {
+            Device::Cpu(_) => Ok(()),
+            Device::Cuda(d) => d.sync(),
+        }
     }
 
     /// Gives `plan` its memory; regions of the model grow to what it needs and keep their contents.
@@ -65,6 +108,7 @@ impl Device {
     pub fn bind(&mut self, plan: Plan) -> Result<PlanId> {
         match self {
             Device::Cpu(d) => d.bind(plan),
+            Device::Cuda(d) => d.bind(plan),
         }
     }
 
@@ -72,6 +116,7 @@ impl Device {
     pub fn plan(&self, id: PlanId) -> &Plan {
         match self {
             Device::Cpu(d) => d.plan(id),
+            Device::Cuda(d) => d.plan(id),
         }
     }
 
@@ -79,6 +124,7 @@ impl Device {
     pub fn set_weights(&mut self, id: PlanId, weights: Weights) {
         match self {
             Device::Cpu(d) => d.set_weights(id, weights),
+            Device::Cuda(d) => d.set_weights(id, weights),
         }
     }
 
@@ -86,6 +132,7 @@ impl Device {
     pub fn write<T: bytemuck::Pod>(&mut self, id: PlanId, v: Val, data: &[T]) -> Result<()> {
         match self {
             Device::Cpu(d) => d.bytes_mut(id, v).copy_from_slice(bytemuck::cast_slice(data)),
+            Device::Cuda(d) => d.write(id, v, bytemuck::cast_slice(data))?,
         }
         Ok(())
     }
@@ -94,6 +141,7 @@ impl Device {
     pub fn read<T: bytemuck::Pod>(&self, id: PlanId, v: Val, out: &mut [T]) -> Result<()> {
         match self {
             Device::Cpu(d) => bytemuck::cast_slice_mut(out).copy_from_slice(d.bytes(id, v)),
+            Device::Cuda(d) => d.read(id, v, bytemuck::cast_slice_mut(out))?,
         }
         Ok(())
     }
@@ -102,6 +150,7 @@ impl Device {
     pub fn write_region<T: bytemuck::Pod>(&mut self, region: Region, data: &[T]) -> Result<()> {
         match self {
             Device::Cpu(d) => d.write_region(region, bytemuck::cast_slice(data)),
+            Device::Cuda(d) => d.write_region(region, bytemuck::cast_slice(data)),
         }
     }
 
@@ -109,6 +158,7 @@ impl Device {
     pub fn read_region<T: bytemuck::Pod>(&self, region: Region, out: &mut [T]) -> Result<()> {
         match self {
             Device::Cpu(d) => d.read_region(region, bytemuck::cast_slice_mut(out)),
+            Device::Cuda(d) => d.read_region(region, bytemuck::cast_slice_mut(out))?,
         }
         Ok(())
     }
@@ -117,6 +167,7 @@ impl Device {
     pub fn run(&mut self, id: PlanId) -> Result<()> {
         match self {
             Device::Cpu(d) => d.run(id),
+            Device::Cuda(d) => d.run(id)?,
         }
         Ok(())
     }
@@ -125,6 +176,7 @@ impl Device {
     pub fn run_timed(&mut self, id: PlanId, seconds: &mut [f64]) -> Result<()> {
         match self {
             Device::Cpu(d) => d.run_timed(id, seconds),
+            Device::Cuda(d) => d.run_timed(id, seconds)?,
         }
         Ok(())
     }
@@ -133,6 +185,7 @@ impl Device {
     pub fn first_non_finite(&mut self, id: PlanId) -> Result<Option<(usize, String)>> {
         match self {
             Device::Cpu(d) => Ok(d.first_non_finite(id)),
+            Device::Cuda(d) => d.first_non_finite(id),
         }
     }
 }

@@ -69,7 +69,7 @@ pub struct Terms {
 }
 
 /// Loss of one image and the gradient of `scale·loss` with respect to the network's output; the gradient of a weighted batch mean has
-/// `scale = weight/batch`.   d_out, out: (pixels, C or 2C)   x_0, x_t, eps: (pixels, C)
+/// `scale = weight/batch`. x_t is made of x_0 and eps in f64.   d_out, out: (pixels, C or 2C)   x_0, eps: (pixels, C)
 #[allow(clippy::too_many_arguments)]
 pub fn loss_and_grad(
     objective: &Objective,
@@ -78,12 +78,11 @@ pub fn loss_and_grad(
     scale: f64,
     d_out: &mut [f32],
     x_0: &[f32],
-    x_t: &[f32],
     eps: &[f32],
     out: &[f32],
 ) -> Terms {
     let output = objective.output;
-    assert!(x_0.len() == x_t.len() && x_0.len() == eps.len() && d_out.len() == out.len(), "loss: lengths differ");
+    assert!(x_0.len() == eps.len() && d_out.len() == out.len(), "loss: lengths differ");
     assert!(
         !x_0.is_empty() && out.len() * channels == x_0.len() * output.channels(channels),
         "loss: {channels} channels"
@@ -99,7 +98,8 @@ pub fn loss_and_grad(
     {
         for k in 0..channels {
             let i = pixel * channels + k;
-            let (x_0, x_t, eps) = (f64::from(x_0[i]), f64::from(x_t[i]), f64::from(eps[i]));
+            let (x_0, eps) = (f64::from(x_0[i]), f64::from(eps[i]));
+            let x_t = gaussian::q_sample_value(c, x_0, eps);
             let out_mean = f64::from(o[k]);
             let out_var = o.get(channels + k).map_or(0.0, |&v| f64::from(v));
             let error = out_mean - gaussian::target(c, output.mean_type, x_0, x_t, eps);
@@ -155,7 +155,7 @@ pub struct BoundTerms {
 
 /// The terms of the bound of one image at one t; `x_0_map` is [`gaussian::clip`] of the reference's `clip_denoised`.
 ///
-/// x_0, x_t, eps: (pixels, C)   out: (pixels, C or 2C)
+/// x_t is made of x_0 and eps in f64.   x_0, eps: (pixels, C)   out: (pixels, C or 2C)
 #[allow(clippy::too_many_arguments)]
 pub fn bound_terms(
     objective: &Objective,
@@ -163,18 +163,18 @@ pub fn bound_terms(
     channels: usize,
     x_0_map: impl Fn(f64) -> f64 + Copy,
     x_0: &[f32],
-    x_t: &[f32],
     eps: &[f32],
     out: &[f32],
 ) -> BoundTerms {
     let stride = objective.output.channels(channels);
-    assert!(x_0.len() == x_t.len() && x_0.len() == eps.len(), "bound: lengths differ");
+    assert_eq!(x_0.len(), eps.len(), "bound: lengths differ");
     assert!(!x_0.is_empty() && out.len() * channels == x_0.len() * stride, "bound: {channels} channels");
     let mut sums = BoundTerms::default();
     for i in 0..x_0.len() {
         let o = i / channels * stride + i % channels;
         let out_var = if stride > channels { f64::from(out[o + channels]) } else { 0.0 };
-        let (x_0, x_t, eps) = (f64::from(x_0[i]), f64::from(x_t[i]), f64::from(eps[i]));
+        let (x_0, eps) = (f64::from(x_0[i]), f64::from(eps[i]));
+        let x_t = gaussian::q_sample_value(c, x_0, eps);
         let (term, predicted) = bound_term(objective, c, x_0, x_t, (f64::from(out[o]), out_var), x_0_map);
         sums.vb_bpd += term.value;
         sums.x_0_mse += (predicted - x_0).powi(2);

@@ -8,9 +8,15 @@
 //! e <- rate e + (1 - rate) p           for each rate
 //! ```
 //!
-//! All (1, P) f32, the averages (rates, P). A gradient norm that is not finite leaves everything as it was.
+//! All (1, P) f32, the averages (rates, P), the copy (1, P) bf16. A gradient norm that is not finite leaves everything as it was.
+//!
+//! Kernel: `kernels/adamw_ema.cu`, 4 parameters per thread and stride.
 
+use super::launch::Launcher;
 use super::{Control, Cost, Operation, Views};
+use crate::args;
+use crate::device::driver::Arg;
+use crate::error::Result;
 use crate::graph::{Graph, Val};
 use rayon::prelude::*;
 
@@ -28,6 +34,8 @@ pub struct AdamwEma {
     pub v: Val,
     /// Moving averages, one row per rate; none without rates.
     pub ema: Option<Val>,
+    /// The weights again, as bf16, if wanted.
+    pub copy: Option<Val>,
     /// Gradients.
     pub grads: Val,
     /// Norm of the gradients.
@@ -61,23 +69,72 @@ impl Default for Hyper {
     }
 }
 
+/// Hyper of `kernels/adamw_ema.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+struct HyperArg {
+    len: i64,
+    weight_decay: f64,
+    b1: f32,
+    b2: f32,
+    c2: f32,
+    eps: f32,
+    max_norm: f32,
+    rates: i32,
+}
+
 impl Operation for AdamwEma {
     fn outputs(&self) -> Vec<Val> {
-        [self.params, self.m, self.v].into_iter().chain(self.ema).collect()
+        [self.params, self.m, self.v].into_iter().chain(self.ema).chain(self.copy).collect()
     }
     fn inputs(&self) -> Vec<Val> {
         vec![self.grads, self.norm, self.control]
     }
     fn cost(&self, g: &Graph) -> Cost {
-        let state: f64 = self.outputs().iter().map(|&v| g[v].bytes() as f64).sum();
+        let written: f64 = self.outputs().iter().map(|&v| g[v].bytes() as f64).sum();
+        let state = written - self.copy.map_or(0.0, |v| g[v].bytes() as f64);
         let flops = (14 + 3 * self.hyper.ema_rates.len()) as f64 * g.shape(self.params).len() as f64;
-        Cost { flops, read: state + g[self.grads].bytes() as f64, written: state }
+        Cost { flops, read: state + g[self.grads].bytes() as f64, written }
     }
     fn run_cpu(&self, m: &Views) {
         let (control, norm) = (m.control(self.control), m.f32(self.norm)[0]);
         let ema = self.ema.map_or(&mut [][..], |v| m.f32_mut(v));
         let (params, moments) = (m.f32_mut(self.params), (m.f32_mut(self.m), m.f32_mut(self.v)));
         step_cpu(params, moments, ema, m.f32(self.grads), norm, &control, &self.hyper);
+        if let Some(copy) = self.copy.filter(|_| norm.is_finite()) {
+            let weights = m.get_mut::<half::bf16>(copy).iter_mut().zip(&*params);
+            weights.for_each(|(c, &p)| *c = half::bf16::from_f32(p));
+        }
+    }
+    fn prepare_cuda(&self, _g: &Graph) -> Result<Vec<u8>> {
+        let rates = self.hyper.ema_rates.iter().flat_map(|&rate| [rate as f32, (1.0 - rate) as f32]);
+        Ok(bytemuck::cast_slice(&rates.collect::<Vec<f32>>()).to_vec())
+    }
+    fn launch(&self, m: &Launcher) -> Result<()> {
+        let (h, len) = (&self.hyper, m.graph.shape(self.params).len());
+        let hyper = HyperArg {
+            len: len as i64,
+            weight_decay: h.weight_decay,
+            b1: (1.0 - h.beta1) as f32,
+            b2: h.beta2 as f32,
+            c2: (1.0 - h.beta2) as f32,
+            eps: h.eps as f32,
+            max_norm: h.max_norm.unwrap_or(f32::INFINITY),
+            rates: h.ema_rates.len() as i32,
+        };
+        let args = args![
+            m.ptr(self.params),
+            m.ptr(self.m),
+            m.ptr(self.v),
+            m.optional(self.ema),
+            m.optional(self.copy),
+            m.ptr(self.grads),
+            m.ptr(self.norm),
+            m.ptr(self.control),
+            m.memory,
+            Arg::Struct(bytemuck::bytes_of(&hyper)),
+        ];
+        m.start("adamw_ema", len.div_ceil(4 * 256), args)
     }
 }
 

@@ -1,12 +1,17 @@
 //! Euclidean norm of the whole flat gradient: norm = sqrt(sum g²).   grads: (1, P) f32, norm: (1) f32.
 //!
 //! Two stages with a fixed partition, so that the sum does not depend on the number of threads.
+//!
+//! Kernels: `kernels/grad_norm.cu`, a block per 16,384 elements, then one block over their sums.
 
+use super::launch::Launcher;
 use super::{Cost, Operation, Views};
+use crate::args;
+use crate::error::Result;
 use crate::graph::{DType, Graph, Region, Shape, Val};
 use rayon::prelude::*;
 
-/// Elements of one partial sum.
+/// Elements of one partial sum; the kernel has the same number.
 const CHUNK: usize = 16_384;
 
 /// See the module.
@@ -43,6 +48,15 @@ impl Operation for GradNorm {
     fn run_cpu(&self, m: &Views) {
         let partial: &mut [f64] = bytemuck::cast_slice_mut(m.scratch());
         m.f32_mut(self.norm)[0] = norm_cpu(m.f32(self.grads), partial);
+    }
+    fn prepare_cuda(&self, g: &Graph) -> Result<Vec<u8>> {
+        Ok(vec![0; 8 * g.shape(self.grads).len().div_ceil(CHUNK)])
+    }
+    fn launch(&self, m: &Launcher) -> Result<()> {
+        let len = m.graph.shape(self.grads).len();
+        let chunks = len.div_ceil(CHUNK);
+        m.start("grad_norm_partial", chunks, args![m.memory, m.ptr(self.grads), len as i64])?;
+        m.start("grad_norm", 1, args![m.ptr(self.norm), m.memory, chunks as i64])
     }
 }
 

@@ -13,17 +13,21 @@ pub mod fast;
 pub mod grad_norm;
 pub mod group_norm;
 pub mod hybrid_loss;
+pub mod launch;
 pub mod linear;
 pub mod p_sample;
 pub mod q_sample;
 pub mod silu;
+pub mod table;
 pub mod timestep_dist;
 pub mod timestep_embedding;
 pub mod upsample;
 pub mod vb_terms;
 pub mod view;
 
-use crate::graph::{Graph, Source, Val};
+use crate::error::{Error, Result};
+use crate::graph::{DType, Graph, Source, Val};
+use launch::Launcher;
 use std::cell::Cell;
 use std::marker::PhantomData;
 use view::{Cat, Rows, RowsMut};
@@ -71,6 +75,24 @@ pub trait Operation {
     }
     /// Runs the op on the CPU.
     fn run_cpu(&self, m: &Views);
+    /// The device memory that belongs to the step on CUDA, as its first run finds it: tables, counters at rest.
+    ///
+    /// # Errors
+    /// [`Error::Device`] when the op has no kernel, or none for these shapes.
+    fn prepare_cuda(&self, _g: &Graph) -> Result<Vec<u8>> {
+        Err(no_kernel())
+    }
+    /// Starts the op's kernels.
+    ///
+    /// # Errors
+    /// [`Error::Device`] when a launch is refused.
+    fn launch(&self, _m: &Launcher) -> Result<()> {
+        Err(no_kernel())
+    }
+}
+
+fn no_kernel() -> Error {
+    Error::Device("this op has no CUDA kernel yet; use --device cpu".into())
 }
 
 macro_rules! ops {
@@ -92,6 +114,8 @@ macro_rules! ops {
             fn cost(&self, g: &Graph) -> Cost { match self { $(Op::$kind(op) => op.cost(g),)* } }
             fn scratch(&self, g: &Graph) -> usize { match self { $(Op::$kind(op) => op.scratch(g),)* } }
             fn run_cpu(&self, m: &Views) { match self { $(Op::$kind(op) => op.run_cpu(m),)* } }
+            fn prepare_cuda(&self, g: &Graph) -> Result<Vec<u8>> { match self { $(Op::$kind(op) => op.prepare_cuda(g),)* } }
+            fn launch(&self, m: &Launcher) -> Result<()> { match self { $(Op::$kind(op) => op.launch(m),)* } }
         }
     };
 }
@@ -224,12 +248,14 @@ impl<'a> Views<'a> {
 
     /// Numbers of `v` to read.
     pub fn f32(&self, v: Val) -> &'a [f32] {
+        debug_assert_ne!(self.graph[v].dtype, DType::Bf16, "{}: the processor computes in f32", self.graph[v].name);
         self.get(v)
     }
 
     /// Numbers of output `v` to write.
     #[allow(clippy::mut_from_ref)]
     pub fn f32_mut(&self, v: Val) -> &'a mut [f32] {
+        debug_assert_ne!(self.graph[v].dtype, DType::Bf16, "{}: the processor computes in f32", self.graph[v].name);
         self.get_mut(v)
     }
 

@@ -3,10 +3,16 @@
 //! First the losses of the previous step enter the history, then t is drawn from its distribution with its importance
 //! weight, by [`crate::timestep`]. t: (n) i32, index into the process; time: (n) f32, the value told to the network; weight: (n) f32;
 //! losses: (T, 10) f32; counts: (T) i32. All but `control` survive from run to run.
+//!
+//! Kernel: `kernels/timestep_dist.cu`, one block for any batch and T.
 
+use super::launch::Launcher;
 use super::{Cost, Operation, Views};
+use crate::args;
 use crate::config::TimestepSampler;
-use crate::graph::{DType, Graph, Region, Shape, Val};
+use crate::device::driver::{Arg, Ptr};
+use crate::error::{Error, Result};
+use crate::graph::{ALIGN, DType, Graph, Region, Shape, Val};
 use crate::schedule::Process;
 use crate::timestep;
 use std::sync::Arc;
@@ -66,6 +72,24 @@ impl TimestepDist {
     }
 }
 
+/// Distribution of `kernels/timestep_dist.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+struct DistributionArg {
+    n: i32,
+    steps: i32,
+    kept: i32,
+    unused: i32,
+    uniform_prob: f64,
+}
+
+impl TimestepDist {
+    /// Offset of the weights and running sums in the step's memory, behind the times.
+    fn work_offset(&self) -> usize {
+        (self.process.steps() * 4).next_multiple_of(ALIGN)
+    }
+}
+
 impl Operation for TimestepDist {
     fn outputs(&self) -> Vec<Val> {
         let history = self.history.map(|h| [h.losses, h.counts]);
@@ -105,5 +129,38 @@ impl Operation for TimestepDist {
         for (time, &t) in time.iter_mut().zip(&*t) {
             *time = self.process.time_value(t as usize, self.rescale);
         }
+    }
+    fn prepare_cuda(&self, g: &Graph) -> Result<Vec<u8>> {
+        let (n, steps) = (g.shape(self.t).len(), self.process.steps());
+        if n.max(steps) > i32::MAX as usize {
+            return Err(Error::Device(format!("{n} images and {steps} steps do not fit in 32 bits")));
+        }
+        let times: Vec<f32> = (0..steps).map(|t| self.process.time_value(t, self.rescale)).collect();
+        let mut bytes = bytemuck::cast_slice(&times).to_vec();
+        bytes.resize(self.work_offset() + 2 * 8 * steps, 0);
+        Ok(bytes)
+    }
+    fn launch(&self, m: &Launcher) -> Result<()> {
+        let (losses, counts) = self.history.map_or((Ptr::NULL, Ptr::NULL), |h| (m.ptr(h.losses), m.ptr(h.counts)));
+        let distribution = DistributionArg {
+            n: m.graph.shape(self.t).len() as i32,
+            steps: self.process.steps() as i32,
+            kept: timestep::HISTORY as i32,
+            unused: 0,
+            uniform_prob: timestep::UNIFORM_PROB,
+        };
+        let args = args![
+            m.ptr(self.t),
+            m.ptr(self.time),
+            m.ptr(self.weight),
+            losses,
+            counts,
+            m.ptr(self.loss),
+            m.ptr(self.control),
+            m.memory,
+            m.memory.offset(self.work_offset()),
+            Arg::Struct(bytemuck::bytes_of(&distribution)),
+        ];
+        m.start("timestep_dist", 1, args)
     }
 }

@@ -117,7 +117,8 @@ impl Recorder<'_> {
         let first_image = u32::try_from(first).expect("a batch is checked to be below 65,536");
         let (control, flip) = (self.control, self.config.train.flip);
         let images = Images { data: self.data, index, flip, first_image, control };
-        let (x_t, eps) = QSample::record(g, images.clone(), t, Noise::Drawn, self.process.clone());
+        let noise = Noise::Drawn;
+        let x_t = QSample::record(g, images.clone(), t, noise, self.process.clone());
         let start = g.steps.len();
         let dropout = DropoutRun { p: self.config.model.dropout, first_image, control };
         let out = unet::record(g, &self.config.model, &self.params, x_t.into(), time, labels, Some(dropout)).out;
@@ -126,7 +127,7 @@ impl Recorder<'_> {
         let d_out = g.arena("d out", g.shape(out));
         let objective = Objective::from_config(&self.config.diffusion);
         let process = self.process.clone();
-        g.push(HybridLoss { d_out, terms, out, images, x_t, eps, t, weight, objective, process });
+        g.push(HybridLoss { d_out, terms, out, images, noise, t, weight, objective, process });
         autograd::backward(g, start..end, out, d_out, &[]);
     }
 
@@ -141,7 +142,7 @@ impl Recorder<'_> {
         let v = flat("adam_v", 1, Region::AdamV);
         let ema = Some(flat("ema", hyper.ema_rates.len(), Region::Ema));
         let norm = GradNorm::record(g, grads);
-        g.push(AdamwEma { params: self.params.all, m, v, ema, grads, norm, control: self.control, hyper });
+        g.push(AdamwEma { params: self.params.all, m, v, ema, copy: None, grads, norm, control: self.control, hyper });
         norm
     }
 }

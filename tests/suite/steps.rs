@@ -64,7 +64,7 @@ fn images_are_gathered_flipped_and_noised_as_specified() {
     let control = input("control", Shape::rows(1, 16), DType::I32);
     let (index, t) = (input("index", Shape::rows(n, 1), DType::I32), input("t", Shape::rows(n, 1), DType::I32));
     let images = Images { data, index, flip: true, first_image: 2, control };
-    let (x_t, eps) = QSample::record(&mut g, images, t, Noise::Drawn, process.clone());
+    let (x_t, eps) = QSample::record_stored(&mut g, images, t, Noise::Drawn, process.clone());
     g.keep(x_t);
     g.keep(eps);
     let mut device = device();

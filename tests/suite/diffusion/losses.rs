@@ -91,13 +91,13 @@ fn gradients_match_central_differences() {
                     [(0.0f32, 0.0f32), (0.01, -1.0), (-0.02, 1.0), (0.3, 6.0), (0.001, -4.0), (0.1, -14.0)]
                 {
                     let eps = 0.6f32;
-                    let x_t = q_sample_value(&c, x_0.into(), eps.into()) as f32;
-                    let x = [x_0, x_t, eps].map(f64::from);
+                    let x_t = q_sample_value(&c, x_0.into(), eps.into());
+                    let x = [x_0.into(), x_t, eps.into()];
                     let out_mean = gaussian::target(&c, o.output.mean_type, x[0], x[1], x[2]) as f32 + off;
                     let learned = o.output.learns_variance();
                     let (out, mut d) = (if learned { vec![out_mean, out_var] } else { vec![out_mean] }, [f32::NAN; 2]);
                     let d = &mut d[..out.len()];
-                    let terms = loss_and_grad(&o, &c, 1, scale, d, &[x_0], &[x_t], &[eps], &out);
+                    let terms = loss_and_grad(&o, &c, 1, scale, d, &[x_0], &[eps], &out);
                     let at = |mean: f64, var: f64| loss_parts(&o, &c, x, (mean, var));
                     let (mean, var) = (f64::from(out_mean), f64::from(out_var));
                     let total = at(mean, var).0 + at(mean, var).1;
@@ -138,10 +138,10 @@ fn an_image_is_the_mean_of_its_elements() {
             let value = |i: usize, k: u32| ((i as u32 * 7919 + k * 104_729) % 1000) as f32 / 500.0 - 1.0;
             let column = |k: u32, n: usize| (0..n).map(|i| value(i, k)).collect::<Vec<f32>>();
             let n = pixels * channels;
-            let (x_0, x_t, eps, out) = (column(1, n), column(2, n), column(3, n), column(4, pixels * stride));
+            let (x_0, eps, out) = (column(1, n), column(3, n), column(4, pixels * stride));
             let mut d = vec![f32::NAN; out.len()];
-            let terms = loss_and_grad(&o, &c, channels, 1.0, &mut d, &x_0, &x_t, &eps, &out);
-            let bound = bound_terms(&o, &c, channels, clip(false), &x_0, &x_t, &eps, &out);
+            let terms = loss_and_grad(&o, &c, channels, 1.0, &mut d, &x_0, &eps, &out);
+            let bound = bound_terms(&o, &c, channels, clip(false), &x_0, &eps, &out);
             let (mut loss, mut vb) = (0.0, 0.0);
             for i in 0..n {
                 let first = i / channels * stride + i % channels;
@@ -149,9 +149,9 @@ fn an_image_is_the_mean_of_its_elements() {
                 let own: Vec<f32> = places.iter().map(|&p| out[p]).collect();
                 let mut own_d = vec![f32::NAN; own.len()];
                 let one = |x: &[f32]| [x[i]];
-                let (x_0, x_t, eps) = (one(&x_0), one(&x_t), one(&eps));
-                loss += loss_and_grad(&o, &c, 1, 1.0, &mut own_d, &x_0, &x_t, &eps, &own).loss / n as f64;
-                vb += bound_terms(&o, &c, 1, clip(false), &x_0, &x_t, &eps, &own).vb_bpd / n as f64;
+                let (x_0, eps) = (one(&x_0), one(&eps));
+                loss += loss_and_grad(&o, &c, 1, 1.0, &mut own_d, &x_0, &eps, &own).loss / n as f64;
+                vb += bound_terms(&o, &c, 1, clip(false), &x_0, &eps, &own).vb_bpd / n as f64;
                 for (&p, own_d) in places.iter().zip(&own_d) {
                     let expected = own_d / n as f32;
                     assert!((d[p] - expected).abs() <= 3e-7 * expected.abs(), "{o:?}: {} {expected}", d[p]);

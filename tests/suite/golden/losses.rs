@@ -1,7 +1,7 @@
 //! Kind 04_losses: every training loss and its gradient with respect to the raw network output.
 
 use iddpm::config::{FirstStep, LossType};
-use iddpm::diffusion::{Objective, loss_and_grad, q_sample, to_unit};
+use iddpm::diffusion::{Objective, loss_and_grad, to_unit};
 use iddpm::schedule::Process;
 
 use super::vectors::{Tensor, VectorFile, channels_first, outputs, process};
@@ -41,9 +41,8 @@ fn one(file: &VectorFile, name: &str, combo: &str, loss: &str, objective: &Objec
         let c = process.at(t);
         let image = |x: &Tensor| x.sub(n).channels_last().f32s();
         let (x_0, eps, out) = (image(x_0), image(eps), image(out));
-        let (mut x_t, mut d_out) = (vec![f32::NAN; x_0.len()], vec![f32::NAN; out.len()]);
-        q_sample(&c, &mut x_t, &x_0, &eps);
-        let terms = loss_and_grad(objective, &c, channels, 1.0 / batch, &mut d_out, &x_0, &x_t, &eps, &out);
+        let mut d_out = vec![f32::NAN; out.len()];
+        let terms = loss_and_grad(objective, &c, channels, 1.0 / batch, &mut d_out, &x_0, &eps, &out);
         losses.push(terms.loss);
         mse.push(terms.mse);
         vb.push(terms.vb_bpd * vb_scale);

@@ -16,7 +16,7 @@ use iddpm::ops::attention::{Attention, QkvOrder};
 use iddpm::ops::grad_norm::GradNorm;
 use iddpm::ops::group_norm::{GroupNorm, NormOptions};
 use iddpm::ops::hybrid_loss::{HybridLoss, LossVals};
-use iddpm::ops::q_sample::{Images, QSample};
+use iddpm::ops::q_sample::{Images, Noise, QSample};
 use iddpm::ops::silu::Silu;
 use iddpm::ops::timestep_embedding::TimestepEmbedding;
 use iddpm::schedule::Process;
@@ -502,7 +502,8 @@ impl TrainingPlan {
             let images = Images { data, index: part(&mut g, index), flip: false, first_image: first as u32, control };
             let (eps, t, weight) = (part(&mut g, eps), part(&mut g, t), part(&mut g, weight));
             let start = g.steps.len();
-            let x_t = QSample::record_given(&mut g, images.clone(), t, eps, process.clone());
+            let noise = Noise::Stored(eps);
+            let x_t = QSample::record(&mut g, images.clone(), t, noise, process.clone());
             let (t_model, labels) = (part(&mut g, t_model), labels.map(|v| part(&mut g, v)));
             let out = unet::record(&mut g, config, &vals, x_t.into(), t_model, labels, None).out;
             let end = g.steps.len();
@@ -514,8 +515,7 @@ impl TrainingPlan {
                 terms: LossVals { loss, mse, vb },
                 out,
                 images,
-                x_t,
-                eps,
+                noise,
                 t,
                 weight,
                 objective: Objective::from_config(diffusion),
@@ -529,7 +529,7 @@ impl TrainingPlan {
         if let Some(hyper) = hyper {
             let (m, v) = (all(&mut g, Region::AdamM, 1), all(&mut g, Region::AdamV, 1));
             let ema = Some(all(&mut g, Region::Ema, hyper.ema_rates.len()));
-            g.push(AdamwEma { params: vals.all, m, v, ema, grads, norm, control, hyper });
+            g.push(AdamwEma { params: vals.all, m, v, ema, copy: None, grads, norm, control, hyper });
         }
         let mut device = device();
         let id = device.bind(Plan::new(g, true)).unwrap();
@@ -601,7 +601,7 @@ pub fn adamw_ema(file: &VectorFile) {
         let ema = all(Region::Ema, rates.len());
         let control_val = g.fixed("control", Shape::rows(1, 16), DType::I32, Region::Inputs);
         let norm = GradNorm::record(&mut g, grads);
-        g.push(AdamwEma { params, m, v, ema: Some(ema), grads, norm, control: control_val, hyper: hyper.clone() });
+        g.push(AdamwEma { params, m, v, ema: Some(ema), copy: None, grads, norm, control: control_val, hyper: hyper.clone() });
         let mut device = device();
         device.write_region(Region::Params, &p0).unwrap();
         device.write_region(Region::Ema, &p0.repeat(rates.len())).unwrap();

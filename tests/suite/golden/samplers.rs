@@ -106,7 +106,7 @@ pub fn bound(file: &VectorFile) {
                 q_sample(&c, &mut x_t, &x_0, &eps);
                 let out = model.run(&x_t, process.time_value(t, case["rescale_timesteps"] == true));
                 let x_0_map = clip(case["clip_denoised"] == true);
-                let terms = bound_terms(&objective, &c, channels, x_0_map, &x_0, &x_t, &eps, &out);
+                let terms = bound_terms(&objective, &c, channels, x_0_map, &x_0, &eps, &out);
                 vb.push(terms.vb_bpd);
                 x_0_mse.push(terms.x_0_mse);
                 mse.push(terms.eps_mse);
