@@ -266,8 +266,12 @@ fn modules(jobs: &[Job], archs: &str) -> String {
         }
     }
     let list: Vec<&str> = archs.split(',').map(str::trim).filter(|a| !a.is_empty()).collect();
-    text += &format!("/// Architectures compiled into this binary; `+` marks PTX.\npub static ARCHS: &[&str] = &{list:?};\n");
-    text += &format!("/// One entry for each `kernels/*.cu`; empty when the build had no nvcc.\npub(crate) static MODULES: &[Module] = &[\n{table}];\n");
+    text += &format!(
+        "/// Architectures compiled into this binary; `+` marks PTX.\npub static ARCHS: &[&str] = &{list:?};\n"
+    );
+    text += &format!(
+        "/// One entry for each `kernels/*.cu`; empty when the build had no nvcc.\npub(crate) static MODULES: &[Module] = &[\n{table}];\n"
+    );
     text += &format!("/// What ptxas reported.\npub static RESOURCES: &[Resources] = &[\n{report}];\n");
     text
 }
@@ -277,7 +281,9 @@ fn modules(jobs: &[Job], archs: &str) -> String {
 fn emulated(dir: &Path, out: &Path, sources: &[PathBuf]) -> String {
     let target = env::var("CARGO_CFG_TARGET_OS").unwrap_or_default();
     if target != "linux" {
-        fail(&format!("the feature \"emulator\" needs Linux (fibers, mmap), and this target is {target:?}: build without it"));
+        fail(&format!(
+            "the feature \"emulator\" needs Linux (fibers, mmap), and this target is {target:?}: build without it"
+        ));
     }
     let compiler = env::var("CXX").unwrap_or_else(|_| "g++".into());
     let mut base = vec![compiler, format!("-I{}", dir.display())];
@@ -341,7 +347,10 @@ fn scan(command: &[String], source: &Path) -> Vec<Kernel> {
     let mut kernels = Vec::new();
     for (at, _) in text.match_indices("__global__") {
         if !text[..at].trim_end().ends_with("extern \"C\"") {
-            fail(&format!("{}: a kernel without extern \"C\": give each instantiation a name of its own", source.display()));
+            fail(&format!(
+                "{}: a kernel without extern \"C\": give each instantiation a name of its own",
+                source.display()
+            ));
         }
         let head: String = text[at + "__global__".len()..].chars().take_while(|c| !matches!(c, '{' | ';')).collect();
         let (mut rest, mut bounds) = (head.trim(), "1024".to_string());

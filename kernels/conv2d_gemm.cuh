@@ -30,6 +30,7 @@ struct ConvGemm {
     int32_t first_tap[5];   // of each phase
     FastDiv by_grid, by_width, by_channels;  // gh * gw; gw; channels of a
     Tap taps[MAX_TAPS];
+    int32_t unused;
 };
 
 // A row of the tile as its loader sees it: first pixel of the image, and the pixel under tap (0, 0).

@@ -1,5 +1,6 @@
 // The small passes around the convolutions: partial sums of the weight gradient added in order, bias and time-shift gradients from
-// row sums, and the weights of an upsampling convolution folded.   Reference: src/ops/conv2d.rs; table: docs/kernels.md.
+// row sums, and the weights of an upsampling convolution folded, f32 weights rounded where the plan
+// has no bf16 copy of them.   Reference: src/ops/conv2d.rs; table: docs/kernels.md.
 //
 // Row r of the 4 x 4 window of an upsampling convolution holds the rows 2 - r and 3 - r of the 3 x 3, where they exist.
 #include "common.cuh"
@@ -57,7 +58,7 @@ extern "C" __global__ void __launch_bounds__(256)
 }
 
 // folded (oc, 4, 4, c) from w (oc, 3, 3, c); n: elements of folded.
-template <class T> DEV void fold(T* folded, const T* w, int64_t n, int channels) {
+template <class T, class W> DEV void fold(T* folded, const W* w, int64_t n, int channels) {
     int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= n) return;
     int64_t c = i % channels, tap = i / channels % 16, o = i / channels / 16, row = 2 - tap / 4, col = 2 - tap % 4;
@@ -72,4 +73,14 @@ extern "C" __global__ void __launch_bounds__(256) conv2d_fold_f32(float* folded,
 }
 extern "C" __global__ void __launch_bounds__(256) conv2d_fold_bf16(bf16* folded, const bf16* w, int64_t n, int32_t channels) {
     fold(folded, w, n, channels);
+}
+// From the f32 weights: rounded once.
+extern "C" __global__ void __launch_bounds__(256) conv2d_fold_master(bf16* folded, const float* w, int64_t n, int32_t channels) {
+    fold(folded, w, n, channels);
+}
+
+// The f32 weights rounded to bf16.
+extern "C" __global__ void __launch_bounds__(256) conv2d_round_weights(bf16* rounded, const float* w, int64_t n) {
+    int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i < n) rounded[i] = from_float<bf16>(w[i]);
 }

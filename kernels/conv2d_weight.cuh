@@ -28,7 +28,7 @@ struct ConvWeight {
     int32_t segments, segments_per_split;
     int32_t columns;       // taps * channels: length of a row of dw
     int32_t tiles_n, tiles_a, tiles_tap;  // column tiles in all, of the first source under one tap, of both
-    int32_t flat, accumulate, unused;
+    int32_t flat, accumulate;
     FastDiv by_runs, by_parts, by_width, by_channels;  // runs per segment; segments per image; gw; channels
     WeightTap taps[MAX_TAPS];
 };

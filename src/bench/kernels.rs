@@ -110,7 +110,18 @@ fn add_sampling(g: &mut Graph, config: &Config, control: Val) {
     let d = &config.diffusion;
     let output = Output { mean_type: d.mean_type, var_type: d.var_type };
     let (out, process) = (loss.out, loss.process.clone());
-    g.push(PSample { x, copy: None, x_0: Some(x_0), out, seeds, control, reverse: Reverse::Ancestral, output, clip: true, process });
+    g.push(PSample {
+        x,
+        copy: None,
+        x_0: Some(x_0),
+        out,
+        seeds,
+        control,
+        reverse: Reverse::Ancestral,
+        output,
+        clip: true,
+        process,
+    });
     let (images, noise, t) = (loss.images, loss.noise, loss.t);
     let (objective, process) = (loss.objective, loss.process);
     g.push(VbTerms { vb, x_0_mse, eps_mse, out, images, noise, t, objective, clip: true, process });

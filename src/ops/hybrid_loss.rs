@@ -82,11 +82,7 @@ impl Operation for HybridLoss {
         let bytes = |vals: &[Val]| vals.iter().map(|&v| g[v].bytes() as f64).sum::<f64>();
         let s = self.images.shape(g);
         let inputs = bytes(&[self.out, self.t, self.weight]) + self.images.bytes(g) + self.noise.bytes(g);
-        Cost {
-            flops: 40.0 * s.len() as f64,
-            read: inputs + BoundMemory::cost(s.n),
-            written: bytes(&self.outputs()),
-        }
+        Cost { flops: 40.0 * s.len() as f64, read: inputs + BoundMemory::cost(s.n), written: bytes(&self.outputs()) }
     }
     fn scratch(&self, g: &Graph) -> usize {
         2 * self.images.shape(g).len()

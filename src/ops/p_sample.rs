@@ -86,7 +86,8 @@ impl ReverseRow {
         };
         let (next, sigma, ratio) = match kind {
             Reverse::Ancestral => {
-                let mean = if output.mean_type == MeanType::PreviousX { [0.0, 0.0, 1.0] } else { [c.coef1, c.coef2, 0.0] };
+                let mean =
+                    if output.mean_type == MeanType::PreviousX { [0.0, 0.0, 1.0] } else { [c.coef1, c.coef2, 0.0] };
                 (mean, (0.5 * c.log_beta_tilde_clipped).exp(), LogRatio::new(c, output.var_type))
             }
             Reverse::Ddim(eta) => {
@@ -192,8 +193,7 @@ impl Operation for PSample {
     }
     fn launch(&self, m: &Launcher) -> Result<()> {
         let tiling = self.tiling(m.graph)?;
-        let reverse =
-            ReverseArg { clip: i32::from(self.clip), learned: i32::from(self.output.learns_variance()) };
+        let reverse = ReverseArg { clip: i32::from(self.clip), learned: i32::from(self.output.learns_variance()) };
         let args = args![
             m.ptr(self.x),
             m.optional(self.copy),

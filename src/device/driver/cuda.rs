@@ -141,7 +141,8 @@ impl CudaDriver {
             driver_version: driver_version()?,
             multiprocessors: attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
             l2_bytes: attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize,
-            max_shared_bytes: attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize,
+            max_shared_bytes: attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?
+                as usize,
             total_bytes,
             free_bytes,
         })
@@ -154,7 +155,8 @@ impl CudaDriver {
         if let Some(f) = self.state().functions.get(name) {
             return Ok(*f);
         }
-        let symbol = CString::new(name).map_err(|_| Error::Device(format!("kernel name {name:?} holds a zero byte")))?;
+        let symbol =
+            CString::new(name).map_err(|_| Error::Device(format!("kernel name {name:?} holds a zero byte")))?;
         // A build of PTX alone has no list of kernels; then every module may hold it.
         for module in MODULES.iter().filter(|m| m.kernels.is_empty() || m.kernels.contains(&name)) {
             let loaded = self.module(module)?;
@@ -414,12 +416,35 @@ impl CudaDriver {
         let done = unsafe {
             match &spec.mode {
                 TensorMapMode::Tile { sizes } => sys::cuTensorMapEncodeTiled(
-                    map.as_mut_ptr(), element, rank, address, dims, strides, sizes.as_ptr(), steps, interleave, swizzle, l2,
+                    map.as_mut_ptr(),
+                    element,
+                    rank,
+                    address,
+                    dims,
+                    strides,
+                    sizes.as_ptr(),
+                    steps,
+                    interleave,
+                    swizzle,
+                    l2,
                     fill,
                 ),
                 TensorMapMode::Im2col { lower, upper, channels, pixels } => sys::cuTensorMapEncodeIm2col(
-                    map.as_mut_ptr(), element, rank, address, dims, strides, lower.as_ptr(), upper.as_ptr(), *channels,
-                    *pixels, steps, interleave, swizzle, l2, fill,
+                    map.as_mut_ptr(),
+                    element,
+                    rank,
+                    address,
+                    dims,
+                    strides,
+                    lower.as_ptr(),
+                    upper.as_ptr(),
+                    *channels,
+                    *pixels,
+                    steps,
+                    interleave,
+                    swizzle,
+                    l2,
+                    fill,
                 ),
             }
         };
@@ -547,7 +572,9 @@ fn describe(error: DriverError) -> String {
     let help = match error.0 {
         R::CUDA_ERROR_NO_DEVICE => " (no GPU is visible: see nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu)",
         R::CUDA_ERROR_OUT_OF_MEMORY => " (use a smaller --batch or --microbatch)",
-        R::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH | R::CUDA_ERROR_INVALID_IMAGE => " (update the NVIDIA driver to 580 or newer)",
+        R::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH | R::CUDA_ERROR_INVALID_IMAGE => {
+            " (update the NVIDIA driver to 580 or newer)"
+        }
         R::CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES => " (the block needs more registers or shared memory than this GPU has)",
         R::CUDA_ERROR_ECC_UNCORRECTABLE => " (the GPU's memory is faulty: reset or replace it)",
         R::CUDA_ERROR_DEVICE_UNAVAILABLE => " (another process holds the GPU exclusively: see nvidia-smi)",

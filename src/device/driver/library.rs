@@ -219,9 +219,7 @@ impl Library {
         let what = CString::new(what).unwrap_or_default();
         let mut error = [0; 256];
         // SAFETY: the function only looks the range up and fills the buffer it is given.
-        let rc = unsafe {
-            (self.check)(ptr.0 as *const c_void, bytes, what.as_ptr(), error.as_mut_ptr(), error.len())
-        };
+        let rc = unsafe { (self.check)(ptr.0 as *const c_void, bytes, what.as_ptr(), error.as_mut_ptr(), error.len()) };
         if rc == 0 { Ok(()) } else { Err(Error::Device(text_of(&error))) }
     }
 

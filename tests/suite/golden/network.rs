@@ -601,7 +601,17 @@ pub fn adamw_ema(file: &VectorFile) {
         let ema = all(Region::Ema, rates.len());
         let control_val = g.fixed("control", Shape::rows(1, 16), DType::I32, Region::Inputs);
         let norm = GradNorm::record(&mut g, grads);
-        g.push(AdamwEma { params, m, v, ema: Some(ema), copy: None, grads, norm, control: control_val, hyper: hyper.clone() });
+        g.push(AdamwEma {
+            params,
+            m,
+            v,
+            ema: Some(ema),
+            copy: None,
+            grads,
+            norm,
+            control: control_val,
+            hyper: hyper.clone(),
+        });
         let mut device = device();
         device.write_region(Region::Params, &p0).unwrap();
         device.write_region(Region::Ema, &p0.repeat(rates.len())).unwrap();
