@@ -22,9 +22,8 @@ struct DynamicShared {
         return reinterpret_cast<T*>(a);
     }
 };
-#define SMEM_DYN(name)                                         \
-    extern __shared__ __align__(1024) char dynamic_shared[];   \
-    DynamicShared name { dynamic_shared }
+extern __shared__ __align__(1024) char dynamic_shared[];
+#define SMEM_DYN(name) DynamicShared name { dynamic_shared }
 #define VECTOR_ACCESS(Type) Type() = default;
 #endif
 

@@ -77,7 +77,7 @@ struct DynamicShared {
 };
 uint32_t shared_address(const void* p);
 
-enum { OP_SHUFFLE = 1, OP_REDUCE, OP_SYNC, OP_LDMATRIX, OP_MMA };
+enum { OP_SHUFFLE = 1, OP_REDUCE, OP_SYNC, OP_LDMATRIX, OP_LDMATRIX_TRANS, OP_MMA_BF16, OP_MMA_TF32 };
 template <class T, class F> inline T reduce(uint32_t mask, T v, F) {
     static_assert(std::is_integral_v<T>, "reductions over a warp are for integers");
     collective(mask, OP_REDUCE, &v, [](void** a, uint32_t m) EMU_NOCHECK {

@@ -9,6 +9,9 @@
 #include <map>
 
 #include "runtime.h"
+#if !defined(EMU_ASAN) && !defined(EMU_TSAN)
+#define EMU_CHECKED_RUNTIME 1  // the kernels' own accesses are checked here too: shared memory knows what was written
+#endif
 #if defined(EMU_ASAN)
 #include <sanitizer/asan_interface.h>
 #define POISON(p, n) __asan_poison_memory_region(p, n)
@@ -234,7 +237,7 @@ static bool in_program_image(uintptr_t address) {  // constants and tables of th
     return search.found;
 }
 
-static void check_shared(uintptr_t offset, size_t size, bool write) {
+static void check_shared(uintptr_t offset, size_t size, bool write, bool later = false) {
     Worker& w = worker();
     unsigned rank = unsigned(offset / ARENA);
     size_t at = offset % ARENA;
@@ -245,7 +248,51 @@ static void check_shared(uintptr_t offset, size_t size, bool write) {
         if (state[i] == UNALLOCATED) fail("shared %s of %zu bytes out of bounds: outside every shared array", write ? "write" : "read", size);
         if (!write) fail("read of uninitialised shared memory (%zu bytes)", size);
     }
-    if (write) memset(state, INITIALISED, size);
+    if (write && !later) memset(state, INITIALISED, size);
+}
+
+#ifdef EMU_TSAN
+extern "C" void __tsan_read_range(const void*, unsigned long);
+extern "C" void __tsan_write_range(void*, unsigned long);
+#endif
+static void report_to_sanitizer([[maybe_unused]] const void* p, [[maybe_unused]] size_t size, [[maybe_unused]] bool write) {
+#ifdef EMU_TSAN
+    if (write) {
+        __tsan_write_range(const_cast<void*>(p), size);
+    } else {
+        __tsan_read_range(p, size);
+    }
+#endif
+}
+
+void touch(const void* p, size_t size, bool write, [[maybe_unused]] const void* pc) {
+    report_to_sanitizer(p, size, write);
+#ifdef EMU_CHECKED_RUNTIME
+    check_access(p, size, write, pc);
+#endif
+}
+
+void touch_later(const void* p, size_t size, [[maybe_unused]] const void* pc) {
+    report_to_sanitizer(p, size, true);
+    uintptr_t offset = reinterpret_cast<uintptr_t>(p) - local.arenas;
+    if (offset >= MAX_CLUSTER * ARENA) fail("asynchronous copy to %p, which is not shared memory", p);
+#ifdef EMU_CHECKED_RUNTIME
+    check_shared(offset, size, true, true);
+    if (pc && worker().job->metered) meter_log(self(), offset, size, SHARED_WRITE, pc);
+#endif
+}
+
+void landed(const void* p, size_t size) {
+    uintptr_t offset = reinterpret_cast<uintptr_t>(p) - local.arenas;
+    memset(worker().states + offset, INITIALISED, size);
+}
+
+void touch_bulk(const void* p, size_t bytes, bool write) {
+    report_to_sanitizer(p, bytes, write);
+    uintptr_t address = reinterpret_cast<uintptr_t>(p);
+    std::string wrong = range_error(address, bytes, write ? "bulk write" : "bulk read");
+    if (!wrong.empty()) fail("%s", wrong.c_str());
+    meter_bulk(address, bytes, write);
 }
 
 void check_access(const void* p, size_t size, bool write, const void* pc) {
@@ -255,13 +302,13 @@ void check_access(const void* p, size_t size, bool write, const void* pc) {
     if (uintptr_t offset = address - local.arenas; offset < MAX_CLUSTER * ARENA) {
         if (offset % natural) fail("misaligned shared %s of %zu bytes", write ? "write" : "read", size);
         check_shared(offset, size, write);
-        if (worker().job->metered) meter_log(local.self, offset, size, write ? SHARED_WRITE : SHARED_READ, pc);
+        if (pc && worker().job->metered) meter_log(local.self, offset, size, write ? SHARED_WRITE : SHARED_READ, pc);
         return;
     }
     const Allocation* a = find_allocation(address);
     if (a && address + size <= a->base + a->bytes) {
         if (address % natural) fail("misaligned global %s of %zu bytes, at offset %zu of its allocation", write ? "write" : "read", size, size_t(address - a->base));
-        if (worker().job->metered) meter_log(local.self, address, size, write ? GLOBAL_WRITE : GLOBAL_READ, pc);
+        if (pc && worker().job->metered) meter_log(local.self, address, size, write ? GLOBAL_WRITE : GLOBAL_READ, pc);
         return;
     }
     if (!a && in_program_image(address)) return;

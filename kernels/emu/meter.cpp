@@ -126,6 +126,18 @@ static void shared_access(Worker& w, const Entry* e, size_t n) {
     }
 }
 
+void meter_shared_rows(const uintptr_t* offsets, unsigned rows) {
+    Worker& w = worker();
+    if (!w.job->metered) return;
+    Access access[8];
+    Entry entries[8];
+    for (unsigned i = 0; i < rows; i++) {
+        access[i] = {offsets[i], 0, 16, SHARED_READ};
+        entries[i] = {0, 0, 0, uint8_t(i), &access[i]};
+    }
+    shared_access(w, entries, rows);
+}
+
 static void flush_warp(Worker& w, Thread* lanes) {
     std::vector<Entry> entries;
     std::unordered_map<uint32_t, uint32_t> turns;

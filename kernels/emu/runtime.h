@@ -103,6 +103,10 @@ struct CpAsync {
     const void* src;
     int bytes, src_bytes;
 };
+struct AsyncOp {
+    virtual void run() = 0;
+    virtual ~AsyncOp() = default;
+};
 struct Thread {
     uint3 index;
     unsigned linear, lane, warp;  // warp: inside the cluster
@@ -112,7 +116,10 @@ struct Thread {
     std::vector<CpAsync> copies;
     std::vector<size_t> copy_groups;      // ends of the committed groups
     size_t wgmma_ops, wgmma_groups;       // issued and committed, not yet retired
-    unsigned cluster_phase;               // arrivals at the cluster barrier
+    unsigned cluster_phase;               // of the cluster barrier, at this thread's arrival
+    bool cluster_arrived;
+    std::vector<std::unique_ptr<AsyncOp>> stores;  // bulk stores that still read shared memory
+    std::vector<size_t> store_groups;
     std::vector<Access> log;
 };
 struct Warp {
@@ -126,17 +133,12 @@ struct Barrier {
     int line, votes, result;
     uint32_t waiting[MAX_WARPS];
 };
-struct AsyncOp {
-    virtual void run() = 0;
-    virtual ~AsyncOp() = default;
-};
 struct WgmmaOp {
     uint64_t a, b;
-    const uint32_t* ra[128];  // register operand, null when A lies in shared memory
     float* d[128];
-    int n, scale_d, a_mn_major, b_mn_major;
+    int n, accumulate, a_mn, b_mn;
     bool from_registers;
-    uint32_t a_copy[128][4];
+    uint32_t registers[128][4];  // operand a, copied when issued
 };
 struct WarpGroup {
     unsigned arrived;
@@ -167,8 +169,7 @@ struct Worker {
     Warp warp[MAX_CLUSTER * MAX_WARPS];
     std::vector<Thread> thread;  // all blocks of the cluster, each padded to whole warps
     unsigned blocks, warps, current, alive;
-    Barrier cluster_barrier;
-    unsigned cluster_phase;
+    unsigned cluster_arrivals, cluster_phase;
     std::vector<unsigned> cluster_waiting;  // indices into thread
     uint64_t progress, idle_progress;
     unsigned idle_rounds;
@@ -200,6 +201,7 @@ bool complete_now();       // does an asynchronous copy land here? (EAGER yes, L
 void wait_for_others();    // self is no longer ready: run something else
 void yield();              // one turn of a spin loop
 void run_clusters(Job&);   // on this host thread, until the job has no more
+void cp_async_wait(unsigned pending);
 void group_arrive(void (*last)(WarpGroup&, unsigned), unsigned argument);  // all 128 threads of the warpgroup meet
 
 // ---- memory (memory.cpp) ----
@@ -212,13 +214,20 @@ struct Allocation {
 const Allocation* find_allocation(uintptr_t address);  // the live allocation whose pages hold it, or null
 uintptr_t device_base();
 uint8_t* shared_pointer(uint32_t address);
-// Fails unless the access is allowed; logs it when the launch is metered. `pc` tells instructions apart.
+// Fails unless the access is allowed; logs it when the launch is metered. `pc` tells instructions apart; null: no log.
 void check_access(const void* p, size_t size, bool write, const void* pc);
 void shared_begin(Block&, size_t dynamic_bytes);
+// For what the runtime itself moves: a checked access of the running thread; a write that lands later (bounds now, contents
+// when it lands); a piece of a bulk copy in device memory.
+void touch(const void* p, size_t size, bool write, const void* pc);
+void touch_later(const void* p, size_t size, const void* pc);
+void landed(const void* p, size_t size);
+void touch_bulk(const void* p, size_t bytes, bool write);
 
 // ---- meter (meter.cpp) ----
 void meter_log(Thread*, uintptr_t address, size_t size, AccessKind, const void* pc);
 void meter_bulk(uintptr_t address, size_t bytes, bool write);  // one contiguous piece of a bulk copy
+void meter_shared_rows(const uintptr_t* offsets, unsigned rows);  // one pass of 16-byte rows
 void meter_flush_block(Worker&, Block&);
 void meter_block_done(Worker&, Block&);
 void meter_begin(Job&);

@@ -207,14 +207,16 @@ static void thread_main() {
         w.job->kernel->call(w.job->args);
         edge_release(&w.job->end);
         if (fiber_overflowed(mine)) fail("stack overflow: more than %zu KiB of local variables", STACK >> 10);
-        if (!t->copies.empty() || t->wgmma_ops) fail("the thread ended before its asynchronous copies or products did: a wait is missing");
+        if (!t->copies.empty() || t->wgmma_ops || !t->stores.empty()) fail("the thread ended before its asynchronous copies or products did: a wait is missing");
         t->done = true;
         t->block->alive--;
         w.alive--;
         w.progress++;
         warp_of(t).ready &= ~(1u << t->lane);
         if (w.alive == 0) {
+#ifndef EMU_TSAN
             w.idle.push_back(mine);
+#endif
             fiber_switch(mine, &w.main);
             continue;
         }
@@ -240,6 +242,7 @@ int barrier(unsigned id, unsigned threads, const char* file, int line, bool wait
     Barrier& r = b.barrier[id];
     if (threads == 0) threads = b.threads;
     if (threads % 32 && threads != b.threads) fail("barrier %u: %u threads are not whole warps", id, threads);
+    if (!self()->copies.empty() && worker().job->copies == RANDOM_COPIES && (random_bits() & 1)) cp_async_wait(0);
     edge_release(&r);
     if (!r.arrived) {
         r.expected = threads;
@@ -372,6 +375,9 @@ static void start_block(Worker& w, unsigned rank, uint64_t linear) {
         t.copy_groups.clear();
         t.wgmma_ops = t.wgmma_groups = 0;
         t.cluster_phase = 0;
+        t.cluster_arrived = false;
+        t.stores.clear();
+        t.store_groups.clear();
         t.log.clear();
     }
     for (unsigned i = 0; i < b.warps; i++) {
@@ -395,8 +401,7 @@ static void run_cluster(Worker& w, uint64_t id) {
     w.current = j.order == REVERSE ? w.warps - 1 : 0;
     w.progress = 1;
     w.idle_progress = w.idle_rounds = 0;
-    w.cluster_barrier = {};
-    w.cluster_phase = 0;
+    w.cluster_arrivals = w.cluster_phase = 0;
     w.cluster_waiting.clear();
     w.async.clear();
     w.failed = false;

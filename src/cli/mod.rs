@@ -4,6 +4,7 @@
 
 mod bench;
 pub mod data;
+pub mod doctor;
 mod flags;
 mod nll;
 mod plan;

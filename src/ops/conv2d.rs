@@ -6,7 +6,7 @@
 //! w: (oc, k, k, ca + cb). y: (n, oh, ow, oc). Outside the image x is 0.
 
 mod geometry;
-pub mod launch;
+pub(super) mod launch;
 
 use super::launch::Launcher;
 use super::view::{Cat, Rows, RowsMut};

@@ -20,7 +20,7 @@ mod tensor_map;
 use std::sync::Arc;
 
 pub use args::{Arg, Packed};
-pub use cuda::{CudaDriver, CudaEvent, CudaGraph, cuda_present};
+pub use cuda::{CudaDriver, CudaEvent, CudaGraph, arch_list, cuda_present, driver_version};
 #[cfg(feature = "emulator")]
 pub use emulated::{EmulatedDriver, EmulatedGraph};
 #[cfg(feature = "emulator")]

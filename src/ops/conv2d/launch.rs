@@ -122,16 +122,10 @@ pub struct Forward {
 /// # Errors
 /// When a launch is refused.
 pub fn forward(d: &Driver, s: &ConvShape, t: Types, f: &Forward, workspace: Ptr) -> Result<()> {
-    let p = ConvGemm {
-        a: f.x,
-        w: prepare_weights(d, s, t, f.w, workspace)?,
-        out: [f.y, Ptr::NULL],
-        add: [f.residual, Ptr::NULL],
-        shift: f.shift.0,
-        shift_stride: f.shift.1 as i32,
-        bias: f.bias,
-        ..ConvGemm::forward(s)
-    };
+    let mut p = ConvGemm::forward(s);
+    (p.a, p.w) = (f.x, prepare_weights(d, s, t, f.w, workspace)?);
+    (p.out, p.add) = ([f.y, Ptr::NULL], [f.residual, Ptr::NULL]);
+    (p.bias, p.shift, p.shift_stride) = (f.bias, f.shift.0, f.shift.1 as i32);
     gemm(d, "conv2d_forward", t, p)
 }
 
@@ -149,13 +143,9 @@ pub struct BackwardData {
 /// # Errors
 /// When a launch is refused.
 pub fn backward_data(d: &Driver, s: &ConvShape, t: Types, b: &BackwardData, workspace: Ptr) -> Result<()> {
-    let p = ConvGemm {
-        a: [b.dy, Ptr::NULL],
-        w: prepare_weights(d, s, t, b.w, workspace)?,
-        out: b.dx,
-        add: b.add,
-        ..ConvGemm::backward_data(s)
-    };
+    let mut p = ConvGemm::backward_data(s);
+    (p.a, p.w) = ([b.dy, Ptr::NULL], prepare_weights(d, s, t, b.w, workspace)?);
+    (p.out, p.add) = (b.dx, b.add);
     gemm(d, "conv2d_backward_data", t, p)
 }
 
