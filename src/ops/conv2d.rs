@@ -6,7 +6,7 @@
 //! w: (oc, k, k, ca + cb). y: (n, oh, ow, oc). Outside the image x is 0.
 
 mod geometry;
-pub(super) mod launch;
+pub mod launch;
 
 use super::launch::Launcher;
 use super::view::{Cat, Rows, RowsMut};
@@ -14,7 +14,7 @@ use super::{Cost, Operation, Views, fast};
 use crate::device::driver::Ptr;
 use crate::error::Result;
 use crate::graph::{Graph, Shape, Source, Val};
-use launch::Types;
+use launch::{FULL, Types};
 
 /// Sizes of a convolution.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -384,7 +384,7 @@ impl Operation for Conv2d {
             shift: columns(m, self.shift),
             residual: m.optional(self.residual),
         };
-        launch::forward(m.driver, &self.shape, self.types(m.graph)?, &f, m.workspace)
+        launch::forward(m.driver, &self.shape, self.types(m.graph)?, FULL, &f, m.workspace)
     }
 }
 
@@ -416,7 +416,7 @@ impl Operation for Conv2dBackwardData {
     fn launch(&self, m: &Launcher) -> Result<()> {
         let add = self.add.map(|v| m.optional(v));
         let b = launch::BackwardData { dx: both(m, self.dx), dy: m.ptr(self.dy), w: m.ptr(self.w), add };
-        launch::backward_data(m.driver, &self.shape, self.types(m.graph)?, &b, m.workspace)
+        launch::backward_data(m.driver, &self.shape, self.types(m.graph)?, FULL, &b, m.workspace)
     }
 }
 
@@ -443,7 +443,7 @@ impl Operation for Conv2dBackwardWeight {
         self.types(g).map(|_| Vec::new())
     }
     fn workspace(&self, g: &Graph) -> usize {
-        self.types(g).map_or(0, |t| launch::backward_weight_workspace(&self.shape, t))
+        self.types(g).map_or(0, |t| launch::backward_weight_workspace(&self.shape, t, FULL))
     }
     fn launch(&self, m: &Launcher) -> Result<()> {
         let b = launch::BackwardWeight {
@@ -454,6 +454,6 @@ impl Operation for Conv2dBackwardWeight {
             x: both(m, self.x),
             accumulate: self.accumulate,
         };
-        launch::backward_weight(m.driver, &self.shape, self.types(m.graph)?, &b, m.workspace)
+        launch::backward_weight(m.driver, &self.shape, self.types(m.graph)?, FULL, &b, m.workspace)
     }
 }

@@ -1,7 +1,7 @@
 //! Linear layer: `y[n,o] = b[o] + Σ_c x[n,c] · w[o,c]`.   x: (n, c), w: (oc, c), b: (oc), y: (n, oc).
 
 use super::conv2d::ConvShape;
-use super::conv2d::launch::{self, Types};
+use super::conv2d::launch::{self, FULL, Types};
 use super::launch::Launcher;
 use super::{Cost, Operation, Views, fast};
 use crate::device::driver::Ptr;
@@ -169,7 +169,7 @@ impl Operation for Linear {
         let (s, t) = self.cuda(m.graph)?;
         let (x, bias) = ([m.ptr(self.x), Ptr::NULL], m.ptr(self.b));
         let f = launch::Forward { y: m.ptr(self.y), x, w: m.ptr(self.w), bias, ..Default::default() };
-        launch::forward(m.driver, &s, t, &f, m.workspace)
+        launch::forward(m.driver, &s, t, FULL, &f, m.workspace)
     }
 }
 
@@ -212,7 +212,7 @@ impl Operation for LinearBackwardData {
         let (s, t) = self.cuda(m.graph)?;
         let (dx, add) = ([m.ptr(self.dx), Ptr::NULL], [m.optional(self.add), Ptr::NULL]);
         let b = launch::BackwardData { dx, dy: m.ptr(self.dy), w: m.ptr(self.w), add };
-        launch::backward_data(m.driver, &s, t, &b, m.workspace)
+        launch::backward_data(m.driver, &s, t, FULL, &b, m.workspace)
     }
 }
 
@@ -250,7 +250,7 @@ impl Operation for LinearBackwardWeight {
         self.cuda(g).map(|_| Vec::new())
     }
     fn workspace(&self, g: &Graph) -> usize {
-        self.cuda(g).map_or(0, |(s, t)| launch::backward_weight_workspace(&s, t))
+        self.cuda(g).map_or(0, |(s, t)| launch::backward_weight_workspace(&s, t, FULL))
     }
     fn launch(&self, m: &Launcher) -> Result<()> {
         let (s, t) = self.cuda(m.graph)?;
@@ -262,6 +262,6 @@ impl Operation for LinearBackwardWeight {
             accumulate: self.accumulate,
             ..Default::default()
         };
-        launch::backward_weight(m.driver, &s, t, &b, m.workspace)
+        launch::backward_weight(m.driver, &s, t, FULL, &b, m.workspace)
     }
 }

@@ -1,6 +1,7 @@
 //! Every integration test, in one binary.
 
 mod cli;
+mod cuda_conv;
 mod data;
 mod device;
 mod diffusion;

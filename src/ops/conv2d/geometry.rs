@@ -40,11 +40,6 @@ impl FastDiv {
         let shift = d.next_power_of_two().trailing_zeros();
         FastDiv { divisor: d as u32, factor: ((((1u64 << shift) - d) << 32) / d + 1) as u32, shift }
     }
-
-    /// n / divisor, as the kernels compute it.
-    pub fn div(self, n: u32) -> u32 {
-        (((u64::from(n) * u64::from(self.factor)) >> 32) as u32).wrapping_add(n) >> self.shift
-    }
 }
 
 /// Offset of a gathered pixel and the tap of the weights that meets it.
@@ -312,4 +307,20 @@ impl ConvWeight {
 /// A size as the kernels take it; the launchers refuse larger ones first.
 fn int(x: usize) -> i32 {
     i32::try_from(x).expect("sizes are checked before")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::FastDiv;
+
+    #[test]
+    fn division_by_multiplication_is_exact() {
+        for divisor in (1..100).chain([127, 128, 255, 4095, 4096, 65_537, 1 << 30, (1 << 31) - 1]) {
+            let f = FastDiv::new(divisor);
+            for n in (0..3000u32).chain([1 << 16, (1 << 30) - 1, 1 << 30, (1 << 31) - 2, (1 << 31) - 1]) {
+                let high = (u64::from(n) * u64::from(f.factor)) >> 32;
+                assert_eq!((high + u64::from(n)) >> f.shift, u64::from(n) / divisor as u64, "{n} / {divisor}");
+            }
+        }
+    }
 }

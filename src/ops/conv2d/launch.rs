@@ -11,8 +11,8 @@ use crate::device::driver::{Driver, Launch, Ptr};
 use crate::error::{Error, Result};
 use crate::graph::{ALIGN, DType, Graph, Val};
 
-/// Blocks that fill the largest GPU at hand once; tiles shrink and sums split until there are as many.
-const FULL: usize = 128;
+/// Blocks that fill a large GPU once: tiles shrink and sums are split until there are as many.
+pub const FULL: usize = 128;
 /// Most blocks along the pixels of a weight gradient.
 const MAX_SPLITS: usize = 128;
 /// Fewest runs of 16 pixels for one of them.
@@ -106,58 +106,70 @@ fn prepare_weights(d: &Driver, s: &ConvShape, t: Types, w: Ptr, workspace: Ptr) 
     Ok(workspace)
 }
 
-/// Addresses of a forward convolution; `shift` with the elements from one row to the next.
+/// Addresses of a forward convolution; see [`super::Conv2d`].
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Forward {
+    /// Result.
     pub y: Ptr,
+    /// Both parts of the input.
     pub x: [Ptr; 2],
+    /// Weights.
     pub w: Ptr,
+    /// Bias, f32, or none.
     pub bias: Ptr,
+    /// Per-image addend or none, and the elements from one row to the next.
     pub shift: (Ptr, usize),
+    /// Addend of the shape of y, or none.
     pub residual: Ptr,
 }
 
 /// y = conv(x, w) + bias + shift + residual.
+/// `full`: blocks wanted, [`FULL`] but in tests.
 ///
 /// # Errors
 /// When a launch is refused.
-pub fn forward(d: &Driver, s: &ConvShape, t: Types, f: &Forward, workspace: Ptr) -> Result<()> {
+pub fn forward(d: &Driver, s: &ConvShape, t: Types, full: usize, f: &Forward, workspace: Ptr) -> Result<()> {
     let mut p = ConvGemm::forward(s);
     (p.a, p.w) = (f.x, prepare_weights(d, s, t, f.w, workspace)?);
     (p.out, p.add) = ([f.y, Ptr::NULL], [f.residual, Ptr::NULL]);
     (p.bias, p.shift, p.shift_stride) = (f.bias, f.shift.0, f.shift.1 as i32);
-    gemm(d, "conv2d_forward", t, p)
+    gemm(d, "conv2d_forward", t, full, p)
 }
 
-/// Addresses of a data gradient.
+/// Addresses of a data gradient; see [`super::Conv2dBackwardData`].
 #[derive(Clone, Copy, Debug, Default)]
 pub struct BackwardData {
+    /// Gradients of both parts of the input.
     pub dx: [Ptr; 2],
+    /// Gradient of the result.
     pub dy: Ptr,
+    /// Weights.
     pub w: Ptr,
+    /// Addends to `dx`, or none.
     pub add: [Ptr; 2],
 }
 
 /// dx = convᵀ(dy, w) + add.
+/// `full`: blocks wanted, [`FULL`] but in tests.
 ///
 /// # Errors
 /// When a launch is refused.
-pub fn backward_data(d: &Driver, s: &ConvShape, t: Types, b: &BackwardData, workspace: Ptr) -> Result<()> {
+pub fn backward_data(d: &Driver, s: &ConvShape, t: Types, full: usize, b: &BackwardData, workspace: Ptr) -> Result<()> {
     let mut p = ConvGemm::backward_data(s);
     (p.a, p.w) = ([b.dy, Ptr::NULL], prepare_weights(d, s, t, b.w, workspace)?);
     (p.out, p.add) = (b.dx, b.add);
-    gemm(d, "conv2d_backward_data", t, p)
+    gemm(d, "conv2d_backward_data", t, full, p)
 }
 
-fn gemm(d: &Driver, name: &str, t: Types, mut p: ConvGemm) -> Result<()> {
-    let tile = gemm_tile(&p, t);
+fn gemm(d: &Driver, name: &str, t: Types, full: usize, mut p: ConvGemm) -> Result<()> {
+    let tile = gemm_tile(&p, t, full);
     let tiles_n = p.columns().div_ceil(tile.2);
     p.tiles_n = tiles_n as i32;
     launch(d, name, &tile, t, [p.rows().div_ceil(tile.1) * tiles_n, 1, p.phases()], args![&p])
 }
 
 /// The largest tile that still fills the GPU, or the smallest.
-fn gemm_tile(p: &ConvGemm, t: Types) -> Tile {
+fn gemm_tile(p: &ConvGemm, t: Types, full: usize) -> Tile {
     let columns = p.columns();
     if !t.half {
         return if columns <= 32 { Tile("f32_narrow", 64, 32, 64) } else { Tile("f32", 64, 64, 64) };
@@ -168,7 +180,7 @@ fn gemm_tile(p: &ConvGemm, t: Types) -> Tile {
     if columns <= 32 {
         return Tile("128x32", 128, 32, 128);
     }
-    let fills = |t: &Tile| p.rows().div_ceil(t.1) * columns.div_ceil(t.2) * p.phases() >= FULL;
+    let fills = |t: &Tile| p.rows().div_ceil(t.1) * columns.div_ceil(t.2) * p.phases() >= full;
     let wasteful = |t: &Tile| columns.div_ceil(t.2) * t.2 > columns.next_multiple_of(64);
     [Tile("128x128", 128, 128, 256), Tile("128x64", 128, 64, 256), Tile("64x64", 64, 64, 128)]
         .into_iter()
@@ -190,14 +202,20 @@ fn launch(
     d.launch(&format!("{name}_{kernel}"), Launch::new(grid, [threads, 1, 1]).shared(shared), args)
 }
 
-/// Addresses of a weight gradient; `dshift` with the elements from one row to the next.
+/// Addresses of a weight gradient; see [`super::Conv2dBackwardWeight`].
 #[derive(Clone, Copy, Debug, Default)]
 pub struct BackwardWeight {
+    /// Gradient of the weights, f32.
     pub dw: Ptr,
+    /// Gradient of the bias, f32, or none.
     pub db: Ptr,
+    /// Gradient of the shift or none, and the elements from one row to the next.
     pub dshift: (Ptr, usize),
+    /// Gradient of the result.
     pub dy: Ptr,
+    /// Both parts of the input.
     pub x: [Ptr; 2],
+    /// Add to `dw` and `db`.
     pub accumulate: bool,
 }
 
@@ -215,7 +233,7 @@ struct WeightPlan {
 }
 
 impl WeightPlan {
-    fn new(s: &ConvShape, t: Types) -> Self {
+    fn new(s: &ConvShape, t: Types, full: usize) -> Self {
         let mut p = ConvWeight::new(s);
         let (y8, x8) = (s.oc.is_multiple_of(8), s.ca.is_multiple_of(8) && s.cb.is_multiple_of(8));
         let taps = if s.upsample { 16 } else { s.k * s.k };
@@ -238,7 +256,7 @@ impl WeightPlan {
         let tiles_tap = tiles_a + s.cb.div_ceil(tile.2);
         let tiles_n = if flat { (taps * s.c()).div_ceil(tile.2) } else { taps * tiles_tap };
         let tiles = s.oc.div_ceil(tile.1) * tiles_n;
-        let splits = (2 * FULL).div_ceil(tiles).min(s.n * p.runs() / MIN_RUNS).clamp(1, MAX_SPLITS);
+        let splits = (2 * full).div_ceil(tiles).min(s.n * p.runs() / MIN_RUNS).clamp(1, MAX_SPLITS);
         let parts = splits.div_ceil(s.n).min(p.runs());
         p.cut(s.n, parts, splits);
         let splits = p.splits();
@@ -251,17 +269,25 @@ impl WeightPlan {
 }
 
 /// Bytes of scratch memory of the weight gradient: partial sums and row sums.
-pub fn backward_weight_workspace(s: &ConvShape, t: Types) -> usize {
-    let plan = WeightPlan::new(s, t);
+pub fn backward_weight_workspace(s: &ConvShape, t: Types, full: usize) -> usize {
+    let plan = WeightPlan::new(s, t, full);
     plan.partial + plan.sums
 }
 
 /// dw, db and dshift from dy and x; dw and db are added to with `accumulate`.
+/// `full`: blocks wanted, [`FULL`] but in tests.
 ///
 /// # Errors
 /// When a launch is refused.
-pub fn backward_weight(d: &Driver, s: &ConvShape, t: Types, b: &BackwardWeight, workspace: Ptr) -> Result<()> {
-    let WeightPlan { mut p, tile, grid, splits, parts, partial, .. } = WeightPlan::new(s, t);
+pub fn backward_weight(
+    d: &Driver,
+    s: &ConvShape,
+    t: Types,
+    full: usize,
+    b: &BackwardWeight,
+    workspace: Ptr,
+) -> Result<()> {
+    let WeightPlan { mut p, tile, grid, splits, parts, partial, .. } = WeightPlan::new(s, t, full);
     let (summed, accumulate) = (b.db != Ptr::NULL || b.dshift.0 != Ptr::NULL, i32::from(b.accumulate));
     let sums = workspace.offset(partial);
     (p.dy, p.x, p.split_stride) = (b.dy, b.x, p.len() as i64);
