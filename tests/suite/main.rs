@@ -2,6 +2,7 @@
 
 mod bench;
 mod cli;
+mod cuda_conv;
 #[cfg(feature = "emulator")]
 mod cuda_ops;
 mod data;
