@@ -1,10 +1,11 @@
 """Both sides beside each other: this project's steps and PyTorch's, timed in turn within the same seconds.
 
-Run it by scripts/compare.sh. For every workload one process per side is started, warmed up, and then asked in turn for
-blocks of about a quarter of a second. A round counts if nobody else used more than 6 % of the cores during any of its
-blocks. The ratio is the median over such rounds of (PyTorch's time / ours), with the fastest of PyTorch's variants; it is
-given only if both sides ran the same network (parameter count), batch and number of threads, at least five rounds count,
-the peer passes the golden vectors, and the losses of both sides agree in a short training run. Otherwise the table says why not.
+Run it by scripts/compare.sh. For every workload one process per side is started and warmed up. Then, whenever others leave the
+machine alone, a block of ours and a block of one of PyTorch's variants are timed one after the other, about a quarter of a
+second each. A pair counts if nobody else used more than 6 % of the cores during either. The ratio is the median over such
+pairs of (PyTorch's time / ours), for the variant where it is smallest; it is given only if both sides ran the same network
+(parameter count), batch and number of threads, at least five pairs count, the peer passes the golden vectors, and the losses
+of both sides agree in a short training run. Otherwise the table says why not.
 """
 
 import argparse
@@ -20,11 +21,11 @@ import sys
 import tempfile
 import time
 
-from load import QUIET
+from load import QUIET, Load
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-FEWEST = 5  # rounds for a ratio
+FEWEST = 5  # undisturbed blocks or pairs that a median is taken over
 
 EAGER = dict(precision="fp32", mode=None, graph=False)
 COMPILED = dict(precision="fp32", mode="default", graph=False)
@@ -63,6 +64,7 @@ class Side:
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         self.blocks.append(self.answer())
+        return self.blocks[-1]
 
     def stop(self):
         self.process.stdin.close()
@@ -93,57 +95,82 @@ def quiet(block):
     return block["foreign"] is None or block["foreign"] <= QUIET
 
 
+def calm(seconds=0.3):
+    """Whether others leave the cores alone just now."""
+    before = Load()
+    time.sleep(seconds)
+    share = before.foreign(Load())
+    return share is None or share <= QUIET
+
+
+def wait(until):
+    """Wait for a quiet machine, at most to the given time."""
+    while not calm() and time.monotonic() < until:
+        time.sleep(1)
+
+
 def run(o, workload):
     """All sides of one workload in turn; returns a row of the record."""
     label = " ".join(str(v) for v in workload.values())
-    sides, notes = [our_side(o, workload)], {}
-    for name in o.variants if o.python else []:
-        # The same as the next variant but for the optimiser, which sampling does not have.
-        if workload["kind"] == "train" or name != "P0 eager, fused AdamW":
-            sides.append(peer_side(o, name, workload))
+    names = ["iddpm"]
+    # The same as the next variant but for the optimiser, which sampling does not have.
+    names += [n for n in o.variants if o.python and (workload["kind"] == "train" or n != "P0 eager, fused AdamW")]
+    notes = {}
     ready = []
-    for side in sides:
+    for name in names:
+        print(f"{label}: starting {name}", file=sys.stderr, flush=True)
+        wait(time.monotonic() + o.limit_s / len(names))
+        side = our_side(o, workload) if name == "iddpm" else peer_side(o, name, workload)
         try:
-            print(f"{label}: starting {side.name}", file=sys.stderr, flush=True)
             side.start()
             ready.append(side)
         except (RuntimeError, json.JSONDecodeError) as error:
             notes[side.name] = f"not measured: {error}"
     ours = ready[0] if ready and ready[0].name == "iddpm" else None
-    begin, good, rounds = time.monotonic(), [], 0
-    while len(good) < o.rounds and (rounds < FEWEST or time.monotonic() - begin < o.limit_s) and ready:
-        turn = rounds % len(ready)
-        for side in ready[turn:] + ready[:turn]:
-            side.block()
-        if all(quiet(side.blocks[-1]) for side in ready):
-            good.append(rounds)
+    peers = [side for side in ready if side is not ours]
+    row = dict(workload, threads=o.threads, sides={}, notes=notes)
+    begin, rounds, pairs = time.monotonic(), 0, {side.name: [] for side in peers}
+    # A round is, for each of PyTorch's variants, a block of ours and one of the variant's, in changing order.
+    while ready and (rounds < FEWEST or time.monotonic() - begin < o.limit_s):
+        for pair in [[ours, peer] for peer in peers] if ours and peers else [ready]:
+            wait(begin + o.limit_s)
+            blocks = {side.name: side.block() for side in (pair if rounds % 2 else pair[::-1])}
+            if len(blocks) == 2 and all(map(quiet, blocks.values())):
+                pairs[pair[1].name].append(blocks[pair[1].name]["s"] / blocks["iddpm"]["s"])
         rounds += 1
+        done = pairs.values() if pairs and ours else [[b for b in side.blocks if quiet(b)] for side in ready]
+        if all(len(x) >= o.rounds for x in done):
+            break
     for side in ready:
         side.stop()
-    # Too few undisturbed rounds: the figures are shown, but marked, and no ratio is made of them.
-    busy = len(good) < FEWEST
-    used = list(range(rounds)) if busy else good
-    row = dict(workload, threads=o.threads, rounds=len(used), rounds_taken=rounds, busy=busy, sides={}, notes=notes)
-    for side in ready:
-        seconds = [side.blocks[i]["s"] for i in used]
-        foreign = [b for b in (side.blocks[i]["foreign"] for i in used) if b is not None]
-        row["sides"][side.name] = dict(
-            ms=1e3 * statistics.median(seconds), min_ms=1e3 * min(seconds), max_ms=1e3 * max(seconds),
-            spread=(max(seconds) - min(seconds)) / statistics.median(seconds),
-            foreign=statistics.median(foreign) if foreign else None, **side.head)
-    add_ratio(o, row, ours, [s for s in ready if s is not ours], used)
+        row["sides"][side.name] = dict(side.head, **summary(side.blocks))
+    row["rounds"] = rounds
+    add_ratio(o, row, ours, peers, pairs)
     return row
 
 
-def add_ratio(o, row, ours, peers, used):
-    """The ratio, or why there is none."""
+def summary(blocks):
+    """Milliseconds over the undisturbed blocks; over all of them, marked busy, if those are too few."""
+    used = [b for b in blocks if quiet(b)]
+    busy = len(used) < FEWEST
+    used = blocks if busy else used
+    seconds, foreign = [b["s"] for b in used], [b["foreign"] for b in used if b["foreign"] is not None]
+    median = statistics.median(seconds)
+    return dict(ms=1e3 * median, min_ms=1e3 * min(seconds), max_ms=1e3 * max(seconds), spread=(max(seconds) - min(seconds)) / median,
+                blocks=len(used), blocks_taken=len(blocks), busy=busy, foreign=statistics.median(foreign) if foreign else None)
+
+
+def add_ratio(o, row, ours, peers, pairs):
+    """The ratio to the fastest variant whose pairs count, or why there is none."""
     reason = o.no_ratio
+    known = [side for side in peers if len(pairs[side.name]) >= FEWEST]
     if not ours:
         reason = row["notes"].get("iddpm", "our side did not run")
     elif not peers:
         reason = reason or "no variant of the peer ran"
-    elif row["busy"]:
-        reason = f"others used the machine: {row['rounds_taken'] - row['rounds'] if not row['busy'] else 'fewer than ' + str(FEWEST)} undisturbed rounds of {row['rounds_taken']}"
+    elif len(known) < len(peers):
+        missing = [f"{s.name} ({len(pairs[s.name])})" for s in peers if s not in known]
+        reason = reason or f"busy machine: fewer than {FEWEST} undisturbed pairs of blocks with {', '.join(missing)}"
     else:
         for side in peers:
             for what in ("params", "batch", "threads"):
@@ -152,15 +179,16 @@ def add_ratio(o, row, ours, peers, used):
     if reason:
         row["no_ratio"] = reason
         return
-    best = min(peers, key=lambda s: row["sides"][s.name]["ms"])
-    pairs = [best.blocks[i]["s"] / ours.blocks[i]["s"] for i in used]
-    row["best_peer"], row["ratio"] = best.name, statistics.median(pairs)
-    row["ratio_low"], row["ratio_high"] = min(pairs), max(pairs)
+    ratios = {name: statistics.median(values) for name, values in pairs.items()}
+    best = min(ratios, key=ratios.get)
+    row.update(best_peer=best, ratio=ratios[best], ratios=ratios, pairs=len(pairs[best]), ratio_low=min(pairs[best]),
+               ratio_high=max(pairs[best]))
 
 
 def check_peer(o):
     """The golden vectors on the peer; returns (passed, last lines)."""
-    out = subprocess.run([o.python, "-B", str(HERE / "check.py"), "--norm", "native"], capture_output=True, text=True)
+    out = subprocess.run([o.python, "-B", str(HERE / "check.py"), "--norm", "native"], capture_output=True, text=True,
+                         env=dict(os.environ, OMP_NUM_THREADS="1"))
     return out.returncode == 0, out.stdout.strip().splitlines() or out.stderr.strip().splitlines()[-1:]
 
 
@@ -168,12 +196,12 @@ def curves(o):
     """Losses of a short training run on the same images on both sides, and whether they agree.
 
     The means over the second half must lie within four standard errors of each other, which are taken from the
-    scatter of the means of ten steps: the two sides draw other weights, times and noise.
+    scatter of the means of ten steps: the two sides draw other weights, times and noise. One thread each: nothing is timed.
     """
-    command = [o.binary, "bench", "curve", "--config", "t1", "--steps", str(o.curve_steps), "--threads", str(o.threads)]
+    command = [o.binary, "bench", "curve", "--config", "t1", "--steps", str(o.curve_steps), "--threads", "1"]
     ours = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     job = dict(kind="curve", config="t1", batch=ours["batch"], steps=o.curve_steps, lr=ours["lr"], seed=0, device="cpu",
-               threads=o.threads, data=str(ROOT / "assets" / "digits-images-idx3-ubyte.gz"))
+               threads=1, data=str(ROOT / "assets" / "digits-images-idx3-ubyte.gz"))
     source, target = pathlib.Path(o.scratch, "curve.json"), pathlib.Path(o.scratch, "losses.json")
     source.write_text(json.dumps(job))
     subprocess.run([o.python, "-B", str(HERE / "worker.py"), str(source), str(target)], check=True, capture_output=True)
@@ -221,17 +249,17 @@ def markdown(record):
             continue
         names = list(dict.fromkeys(n for r in rows for n in [*r["sides"], *r["notes"]] if n != "iddpm"))
         head = ["config", "batch"] + (["sampler"] if kind == "sample" else []) + ["iddpm ms"] + [f"{n} ms" for n in names]
-        head += ["ratio to the fastest", "range over rounds", "rounds"]
-        lines += [f"**{title}**, milliseconds, median over rounds (fastest block in brackets), f32 on both sides", ""]
+        head += ["ratio to the fastest", "range over pairs", "pairs"]
+        lines += [f"**{title}**, milliseconds, median over undisturbed blocks (fastest in brackets), f32 on both sides", ""]
         lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         for r in rows:
-            cell = lambda n: f"{r['sides'][n]['ms']:.3g} ({r['sides'][n]['min_ms']:.3g})" if n in r["sides"] else "-"
+            cell = lambda n: milliseconds(r["sides"].get(n))
             cells = [r["config"], str(r["batch"])] + ([r["sampler"]] if kind == "sample" else []) + [cell("iddpm")]
             cells += [cell(n) for n in names]
             if "ratio" in r:
-                cells += [f"**{r['ratio']:.2f}**", f"{r['ratio_low']:.2f} to {r['ratio_high']:.2f}", str(r["rounds"])]
+                cells += [f"**{r['ratio']:.2f}**", f"{r['ratio_low']:.2f} to {r['ratio_high']:.2f}", str(r["pairs"])]
             else:
-                cells += ["none", r["no_ratio"], f"{r['rounds']}{' (busy)' if r['busy'] else ''}"]
+                cells += ["none", r["no_ratio"], "-"]
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
         lines += [f"{r['config']}, {n}: {note}" for r in rows for n, note in r["notes"].items()]
@@ -247,13 +275,10 @@ def markdown(record):
     return "\n".join(lines).rstrip() + "\n"
 
 
-def update(path, name, text):
-    """Replace what stands between the markers of table `name` in a document."""
-    start, end = f"<!-- table {name} -->\n", f"<!-- end {name} -->"
-    doc = path.read_text()
-    if start not in doc or end not in doc:
-        sys.exit(f"{path}: lacks the markers {start.strip()} and {end}")
-    path.write_text(doc[:doc.index(start) + len(start)] + "\n" + text + "\n" + doc[doc.index(end):])
+def milliseconds(side):
+    if side is None:
+        return "-"
+    return f"{side['ms']:.3g} ({side['min_ms']:.3g}){' busy' if side['busy'] else ''}"
 
 
 def workloads(o):
@@ -279,30 +304,23 @@ def main():
     p.add_argument("--sample-configs", type=words, default=["t1", "t3"], help="reverse steps")
     p.add_argument("--batches", type=lambda t: [int(w) for w in words(t)], default=[1, 16])
     p.add_argument("--samplers", type=words, default=["ancestral"], help="ancestral,ddim")
-    p.add_argument("--variants", default=",".join(n for n in VARIANTS), help="of the peer: prefixes such as P0,P1")
-    p.add_argument("--rounds", type=int, default=11, help="undisturbed rounds wanted per workload")
+    p.add_argument("--variants", type=words, default=["P0", "P1", "P2"], help="tiers of the peer")
+    p.add_argument("--rounds", type=int, default=11, help="undisturbed pairs wanted with each variant")
     p.add_argument("--limit-s", type=float, default=60, help="seconds per workload after which no round starts")
     p.add_argument("--block-s", type=float, default=0.25)
     p.add_argument("--curve-steps", type=int, default=300, help="of the short training run; 0: none, and no ratios")
     p.add_argument("--out", type=pathlib.Path, default=ROOT / "benches" / "record")
     p.add_argument("--name", default="cpu", help="name of the record's files")
-    p.add_argument("--update", type=pathlib.Path, help="a document whose table `cpu` becomes this record's")
-    p.add_argument("--render", type=pathlib.Path, help="print (and --update) the table of this record; measure nothing")
     o = p.parse_args()
-    if o.render:
-        record = json.loads(o.render.read_text())
-    else:
-        wanted = words(o.variants) if o.variants else []
-        o.variants = [n for n in VARIANTS if any(n == w or n.split()[0] == w for w in wanted)] or list(VARIANTS)
-        record = measure(o)
+    if unknown := [w for w in o.variants if w not in ("P0", "P1", "P2")]:
+        p.error(f"--variants {','.join(unknown)}: there are P0, P1, P2")
+    o.variants = [n for n in VARIANTS if n.split()[0] in o.variants]
+    record = measure(o)
     text = markdown(record)
     print(text)
-    if not o.render:
-        o.out.mkdir(parents=True, exist_ok=True)
-        (o.out / f"{o.name}.json").write_text(json.dumps(record, indent=1) + "\n")
-        (o.out / f"{o.name}.md").write_text(text)
-    if o.update:
-        update(o.update, record["name"], text)
+    o.out.mkdir(parents=True, exist_ok=True)
+    (o.out / f"{o.name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (o.out / f"{o.name}.md").write_text(text)
 
 
 def measure(o):

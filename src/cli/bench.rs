@@ -10,6 +10,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use clap::{Args, Subcommand, ValueEnum};
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::PathBuf;
 
 /// What to measure.
@@ -138,6 +139,10 @@ pub fn main(command: &BenchCommand, global: &Global) -> Result<()> {
     };
     let one = matches!(command, BenchCommand::Kernels(_) | BenchCommand::Sample { .. });
     let (list, effort) = (args.configs(if one { &SMALL[..1] } else { &SMALL })?, args.effort()?);
+    if let Some(path) = &args.json {
+        // Before minutes of measuring, not after.
+        File::options().create(true).append(true).open(path).map_err(Error::io(path, "write"))?;
+    }
     let device = open()?;
     let kind = global.device.to_possible_value().map_or_else(String::new, |v| v.get_name().to_string());
     let mut flags = vec!["--device".to_string(), kind.clone()];

@@ -7,6 +7,7 @@ pub mod data;
 pub mod doctor;
 mod export;
 mod flags;
+mod frames;
 mod images;
 mod import;
 mod import_check;
@@ -73,7 +74,8 @@ enum Command {
     Train(Box<train::TrainArgs>),
     /// Make pictures with a trained model
     #[command(after_help = "Examples:\n  iddpm sample\n  iddpm sample --model-path runs/cifar --use-ddim \
-        --timestep-respacing 50 --num-samples 16\n  iddpm sample --model-path runs/cond --labels 3,5")]
+        --timestep-respacing 50 --num-samples 16\n  iddpm sample --model-path runs/cond --labels 3,5\n  iddpm sample \
+        --strip strip.png --animation walk.gif --frame-of xt")]
     Sample(Box<sample::SampleArgs>),
     /// Measure bits/dim by the variational bound
     #[command(after_help = "Examples:\n  iddpm nll --num-samples 50\n  iddpm nll --model-path runs/cifar --data-dir \

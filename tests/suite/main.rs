@@ -1,5 +1,6 @@
 //! Every integration test, in one binary.
 
+mod bench;
 mod cli;
 #[cfg(feature = "emulator")]
 mod cuda_ops;
@@ -13,5 +14,6 @@ mod golden;
 mod import;
 mod kernels;
 mod network;
+mod pictures;
 mod steps;
 mod train;
