@@ -27,6 +27,8 @@ use crate::unet::Params;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 /// Improved Denoising Diffusion Probabilistic Models: train, sample, measure bits/dim
 #[derive(Parser, Debug)]
@@ -101,6 +103,9 @@ enum Command {
     #[command(after_help = "Examples:\n  iddpm export runs/cifar --to cifar.pt\n  iddpm export runs/cifar --to \
         cifar-diffusers")]
     Export(Box<export::ExportArgs>),
+    /// Tell what this machine and this program can do
+    #[command(after_help = "Example:\n  iddpm doctor")]
+    Doctor,
     /// Measure speed
     #[command(subcommand)]
     Bench(bench::BenchCommand),
@@ -136,6 +141,10 @@ enum DataCommand {
 
 /// Runs the program with the process's arguments; returns its exit code.
 pub fn main() -> i32 {
+    // A closed pipe, as of `iddpm plan | head`, ends the program as it ends others, rather than in a panic of `println!`.
+    // If that cannot be set up, nothing else is lost.
+    let always = Arc::new(AtomicBool::new(true));
+    let _ = signal_hook::flag::register_conditional_default(signal_hook::consts::SIGPIPE, always);
     let matches = command().try_get_matches_from(normalise(std::env::args_os()));
     let cli = match matches.and_then(|m| Cli::from_arg_matches(&m)) {
         Ok(cli) => cli,
@@ -170,6 +179,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Export(a) => export::main(&a, g),
         Command::Plot(c) => plot::main(&c, g),
         Command::Bench(c) => bench::main(&c, g),
+        Command::Doctor => doctor::run(&mut std::io::stdout()),
         Command::Data(DataCommand::Inspect { data, image_size, channels }) => {
             let mut spec = data.spec(&Default::default(), g.threads)?;
             (spec.image_size, spec.channels) = (image_size, channels);

@@ -39,8 +39,8 @@ pub struct TrainArgs {
     #[arg(long, value_name = "PATH", hide = true)]
     resume_checkpoint: Option<String>,
     /// Stop after this many minutes, saved
-    #[arg(long, help_heading = "Run")]
-    minutes: Option<f64>,
+    #[arg(long, value_parser = minutes, allow_negative_numbers = true, help_heading = "Run")]
+    minutes: Option<Duration>,
     /// Steps between lines of the log
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..), help_heading = "Run")]
     log_interval: u64,
@@ -56,6 +56,12 @@ pub struct TrainArgs {
     /// Write event files for TensorBoard beside log.jsonl
     #[arg(long, help_heading = "Run")]
     tensorboard: bool,
+}
+
+/// A time limit in minutes.
+fn minutes(text: &str) -> std::result::Result<Duration, String> {
+    let time = text.parse().ok().and_then(|m: f64| Duration::try_from_secs_f64(60.0 * m).ok());
+    time.ok_or_else(|| format!("--minutes {text}: not a number of minutes"))
 }
 
 /// Where a run starts.
@@ -194,7 +200,7 @@ impl TrainArgs {
             sample_interval: self.sample_interval.unwrap_or(save_interval),
             keep: self.keep.into(),
             tensorboard: self.tensorboard,
-            time_limit: self.minutes.map(|m| Duration::from_secs_f64(60.0 * m)),
+            time_limit: self.minutes,
         }
     }
 }
