@@ -5,41 +5,57 @@
 #include "conv2d_mma.cuh"
 #include "conv2d_weight.cuh"
 
-// Copies runs of 16 pixels to shared memory, pixels as rows; ANY_Y, ANY_X: that operand element by element.
+// Copies pairs of runs of 16 pixels to shared memory, pixels as rows; ANY_Y, ANY_X: that operand element by element.
+// One warp finds the pixels of a step, a step before their copies start, and leaves them in a ring in shared memory.
 template <class Tile, bool ANY_Y, bool ANY_X> struct WeightLoader {
     static constexpr int CHUNKS = Tile::BM / 8;
     static_assert(Tile::BM == Tile::BN && Tile::THREADS == 16 * CHUNKS, "one chunk of each operand per thread and run");
 
     const ConvWeight& p;
     const Columns& cols;
-    Split split;
-    int m, row, chunk;
+    const Split& split;
+    int2* ring;  // STAGES steps of 32 pixels of dy and x
+    int m0;
 
-    DEV WeightLoader(const ConvWeight& p, const Columns& cols, int m0)
-        : p(p), cols(cols), split(p), row(threadIdx.x / CHUNKS), chunk(threadIdx.x % CHUNKS) {
-        m = m0 + chunk * 8;
+    DEV void find(int step) {
+        if (threadIdx.x >= 32) return;
+        GridPixel at(p, split.first, split.last, 2 * step + int(threadIdx.x) / 16, threadIdx.x % 16);
+        WeightTap tap = p.taps[cols.tap];
+        ring[step % STAGES * 32 + threadIdx.x] = make_int2(at.y(p, tap), at.x(p, tap));
     }
-    DEV void load(int run, int kk, bf16* sa, bf16* sb) const {
-        GridPixel at(p, split.first, split.last, run, row);
-        int to = swizzled<CHUNKS>(16 * kk + row, chunk), y = at.y(p, p.taps[cols.tap]);
-        bf16 v[8];
-        if constexpr (ANY_Y) {
+    DEV void load(int step, bf16* sa, bf16* sb) const {
+        int chunk = threadIdx.x % CHUNKS;
 #pragma unroll
-            for (int e = 0; e < 8; e++) v[e] = gradient_at<bf16>(p, y, m + e);
-            store_chunk(sa + to, v);
+        for (int kk = 0; kk < 2; kk++) {
+            int row = 16 * kk + threadIdx.x / CHUNKS, to = swizzled<CHUNKS>(row, chunk);
+            int2 at = ring[step % STAGES * 32 + row];
+            load_y(at.x, m0 + chunk * 8, sa + to);
+            load_x(at.y, chunk * 8, 2 * step + kk, sb + to);
+        }
+    }
+    DEV void load_y(int pixel, int m, bf16* to) const {
+        if constexpr (ANY_Y) {
+            bf16 v[8];
+#pragma unroll
+            for (int e = 0; e < 8; e++) v[e] = gradient_at<bf16>(p, pixel, m + e);
+            store_chunk(to, v);
         } else {
             const bf16* dy = static_cast<const bf16*>(p.dy);
-            bool ok = y >= 0 && m < p.oc;
-            cp_async16(sa + to, ok ? dy + int64_t(y) * p.oc + m : dy, ok ? 16 : 0);
+            bool ok = pixel >= 0 && m < p.oc;
+            cp_async16(to, ok ? dy + int64_t(pixel) * p.oc + m : dy, ok ? 16 : 0);
         }
+    }
+    DEV void load_x(int pixel, int column, int run, bf16* to) const {
         if constexpr (ANY_X) {
+            GridPixel at(p, split.first, split.last, run, threadIdx.x / CHUNKS);  // each column may have its own tap
+            bf16 v[8];
 #pragma unroll
-            for (int e = 0; e < 8; e++) v[e] = input_at<bf16>(p, at, cols, chunk * 8 + e);
-            store_chunk(sb + to, v);
+            for (int e = 0; e < 8; e++) v[e] = input_at<bf16>(p, at, cols, column + e);
+            store_chunk(to, v);
         } else {
             const bf16* x = static_cast<const bf16*>(p.x[cols.s]);
-            int pixel = chunk * 8 < cols.count ? at.x(p, p.taps[cols.tap]) : -1;
-            cp_async16(sb + to, pixel < 0 ? x : x + int64_t(pixel) * p.x_channels[cols.s] + cols.c0 + chunk * 8, pixel < 0 ? 0 : 16);
+            bool ok = pixel >= 0 && column < cols.count;
+            cp_async16(to, ok ? x + int64_t(pixel) * p.x_channels[cols.s] + cols.c0 + column : x, ok ? 16 : 0);
         }
     }
 };
@@ -50,13 +66,13 @@ template <class Tile> struct RowSums {
     static_assert(Tile::FRAGS_M == Tile::BN / Tile::WN, "as many fragments of rows as warps to sum them");
     float acc[4] = {};
 
-    DEV void add(const ConvWeight& p, const Split& split, const Tile& tile, const uint32_t (&a)[Tile::FRAGS_M][4], int run, int m0, int slot) {
+    DEV void add(const ConvWeight& p, const Split& split, const Tile& tile, const uint32_t (&a)[Tile::FRAGS_M][4], int run, int m0, int tap) {
         int mine = tile.warp_n() / Tile::WN;
 #pragma unroll
         for (int i = 0; i < Tile::FRAGS_M; i++)
             if (i == mine) mma_bf16_16816(acc, a[i], ONES, ONES);
         if (run >= split.runs || !ends_segment(p, run)) return;
-        int o = m0 + tile.warp_m() + 16 * mine + tile.lane() / 4;
+        int o = m0 + tile.warp_m() + 16 * mine + tile.lane() / 4, slot = p.taps[tap].slot;
         if (tile.lane() % 4 == 0) {
             if (o < p.oc) *sums_at(p, split, run, slot, o) = acc[0];
             if (o + 8 < p.oc) *sums_at(p, split, run, slot, o + 8) = acc[2];
@@ -68,40 +84,50 @@ template <class Tile> struct RowSums {
 template <class Tile, bool ANY_Y, bool ANY_X> DEV void conv_weight_bf16(const ConvWeight& p) {
     SMEM_DYN(shared);
     bf16* stages = shared.take<bf16>(STAGES * Tile::STAGE);
+    SMEM(int2, ring, [STAGES * 32]);
     int m0 = int(blockIdx.x / p.tiles_n) * Tile::BM;
     Columns cols(p, int(blockIdx.x % p.tiles_n), Tile::BN);
-    WeightLoader<Tile, ANY_Y, ANY_X> loader(p, cols, m0);
-    int steps = (loader.split.runs + 1) / 2;
+    Split split(p);
+    WeightLoader<Tile, ANY_Y, ANY_X> loader{p, cols, split, ring, m0};
+    int steps = (split.runs + 1) / 2;
     auto load = [&](int step) {
-        if (step < steps) {
-            bf16* stage = stages + step % STAGES * Tile::STAGE;
-#pragma unroll
-            for (int kk = 0; kk < 2; kk++) loader.load(2 * step + kk, kk, stage, stage + Tile::BM * BK);
-        }
+        bf16* stage = stages + step % STAGES * Tile::STAGE;
+        if (step < steps) loader.load(step, stage, stage + Tile::BM * BK);
         cp_async_commit();
     };
     Tile tile;
     RowSums<Tile> sums;
     bool summing = cols.takes_sums(p);
-    int slot = p.taps[cols.tap].slot;
+    for (int s = 0; s < STAGES; s++) loader.find(s);
+    __syncthreads();
 #pragma unroll
     for (int s = 0; s < STAGES - 1; s++) load(s);
     for (int step = 0; step < steps; step++) {
         cp_async_wait<STAGES - 2>();
         __syncthreads();
         load(step + STAGES - 1);
+        loader.find(step + STAGES);
         const bf16* stage = stages + step % STAGES * Tile::STAGE;
 #pragma unroll
         for (int kk = 0; kk < 2; kk++) {
             uint32_t a[Tile::FRAGS_M][4];
             tile.template multiply<true, true>(a, stage, stage + Tile::BM * BK, kk);
-            if (summing) sums.add(p, loader.split, tile, a, 2 * step + kk, m0, slot);
+            if (summing) sums.add(p, split, tile, a, 2 * step + kk, m0, cols.tap);
         }
     }
     cp_async_wait<0>();
     tile.each([&](int m, int n, float left, float right) {
-        put_weight(p, cols, m0 + m, n, left);
-        put_weight(p, cols, m0 + m, n + 1, right);
+        if constexpr (ANY_X) {
+            Vec<float, 1> one;
+            one[0] = left;
+            put_weights(p, cols, m0 + m, n, one);
+            one[0] = right;
+            put_weights(p, cols, m0 + m, n + 1, one);
+        } else {
+            Vec<float, 2> pair;
+            pair[0] = left, pair[1] = right;
+            put_weights(p, cols, m0 + m, n, pair);
+        }
     });
 }
 
@@ -115,6 +141,7 @@ template <int BN> DEV void conv_weight_f32(const ConvWeight& p) {
     float sum = 0.0f;
     FmaTile<BN> tile;
     for (int run = 0; run < split.runs; run++) {
+#pragma unroll 1
         for (int k = 0; k < F32_BK; k++) {
             GridPixel at(p, split.first, split.last, run, k);
             float dy = gradient_at<float>(p, at.y(p, p.taps[cols.tap]), m0 + id);
@@ -133,8 +160,11 @@ template <int BN> DEV void conv_weight_f32(const ConvWeight& p) {
 #pragma unroll
     for (int i = 0; i < 8; i++)
 #pragma unroll
-        for (int j = 0; j < 4 * FmaTile<BN>::HALVES; j++)
-            put_weight(p, cols, m0 + tile.row() + i, tile.column(j) + j % 4, tile.acc[i][j]);
+        for (int j = 0; j < 4 * FmaTile<BN>::HALVES; j++) {
+            Vec<float, 1> one;
+            one[0] = tile.acc[i][j];
+            put_weights(p, cols, m0 + tile.row() + i, tile.column(j) + j % 4, one);
+        }
 }
 
 #define WEIGHT(NAME, THREADS, BLOCKS, ...)                                                          \

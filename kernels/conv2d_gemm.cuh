@@ -99,26 +99,29 @@ struct Target {
     }
 };
 
+// v += from[0 .. 4], of which `count` exist: one access where the address allows it.
+template <class T> DEV void add_quad(float (&v)[4], const T* from, int count) {
+    if (count >= 4 && reinterpret_cast<uintptr_t>(from) % sizeof(Vec<T, 4>) == 0) {
+        Vec<T, 4> quad = *reinterpret_cast<const Vec<T, 4>*>(from);
+#pragma unroll
+        for (int e = 0; e < 4; e++) v[e] += to_float(quad[e]);
+    } else {
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            if (e < count) v[e] += to_float(from[e]);
+    }
+}
+
 // Adds what the epilogue adds to columns n .. n + 4 of one pixel and writes them.
 template <class T> DEV void put(const ConvGemm& p, const Target& to, int n, float (&v)[4]) {
-    int columns = p.out_channels[0] + p.out_channels[1];
-    if (to.pixel < 0 || n >= columns) return;
-    bool whole = (p.out_channels[0] % 4 | p.out_channels[1] % 4) == 0;
-    const T* shift = static_cast<const T*>(p.shift) + (p.shift ? int64_t(to.image) * p.shift_stride + n : 0);
-#pragma unroll
-    for (int e = 0; e < 4; e++) {
-        if (n + e >= columns) break;
-        if (p.bias) v[e] += p.bias[n + e];
-        if (p.shift) v[e] += to_float(shift[e]);
-    }
-    int s = n >= p.out_channels[0], c = n - (s ? p.out_channels[0] : 0);
-    if (whole) {
-        int64_t at = int64_t(to.pixel) * p.out_channels[s] + c;
-        if (p.add[s]) {
-            Vec<T, 4> add = *reinterpret_cast<const Vec<T, 4>*>(static_cast<const T*>(p.add[s]) + at);
-#pragma unroll
-            for (int e = 0; e < 4; e++) v[e] += to_float(add[e]);
-        }
+    int count = p.out_channels[0] + p.out_channels[1] - n;
+    if (to.pixel < 0 || count <= 0) return;
+    if (p.bias) add_quad(v, p.bias + n, count);
+    if (p.shift) add_quad(v, static_cast<const T*>(p.shift) + int64_t(to.image) * p.shift_stride + n, count);
+    if ((p.out_channels[0] % 4 | p.out_channels[1] % 4) == 0) {
+        int s = n >= p.out_channels[0];
+        int64_t at = int64_t(to.pixel) * p.out_channels[s] + n - (s ? p.out_channels[0] : 0);
+        if (p.add[s]) add_quad(v, static_cast<const T*>(p.add[s]) + at, 4);
         Vec<T, 4> out;
 #pragma unroll
         for (int e = 0; e < 4; e++) out[e] = from_float<T>(v[e]);
@@ -127,10 +130,10 @@ template <class T> DEV void put(const ConvGemm& p, const Target& to, int n, floa
     }
 #pragma unroll
     for (int e = 0; e < 4; e++) {
-        if (n + e >= columns) break;
-        int se = n + e >= p.out_channels[0], ce = n + e - (se ? p.out_channels[0] : 0);
-        int64_t at = int64_t(to.pixel) * p.out_channels[se] + ce;
-        if (p.add[se]) v[e] += to_float(static_cast<const T*>(p.add[se])[at]);
-        static_cast<T*>(p.out[se])[at] = from_float<T>(v[e]);
+        if (e >= count) break;
+        int s = n + e >= p.out_channels[0];
+        int64_t at = int64_t(to.pixel) * p.out_channels[s] + n + e - (s ? p.out_channels[0] : 0);
+        if (p.add[s]) v[e] += to_float(static_cast<const T*>(p.add[s])[at]);
+        static_cast<T*>(p.out[s])[at] = from_float<T>(v[e]);
     }
 }

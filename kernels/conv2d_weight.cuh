@@ -106,8 +106,15 @@ DEV float* sums_at(const ConvWeight& p, const Split& split, int run, int slot, i
 }
 DEV bool ends_segment(const ConvWeight& p, int run) { return p.by_runs.mod(run + 1) == 0; }
 
-DEV void put_weight(const ConvWeight& p, const Columns& cols, int o, int column, float v) {
+// Writes, or adds, N neighbouring elements of dw; the caller knows that N = 2 are aligned and both columns or none.
+template <int N> DEV void put_weights(const ConvWeight& p, const Columns& cols, int o, int column, const Vec<float, N>& v) {
     if (o >= p.oc || column >= cols.count) return;
-    float* to = p.dw + blockIdx.y * p.split_stride + int64_t(o) * p.columns + cols.first + column;
-    *to = p.accumulate ? *to + v : v;
+    auto* to = reinterpret_cast<Vec<float, N>*>(p.dw + blockIdx.y * p.split_stride + int64_t(o) * p.columns + cols.first + column);
+    Vec<float, N> sum = v;
+    if (p.accumulate) {
+        Vec<float, N> old = *to;
+#pragma unroll
+        for (int e = 0; e < N; e++) sum[e] += old[e];
+    }
+    *to = sum;
 }

@@ -56,8 +56,10 @@ struct Data {
     old: Vec<f32>,
 }
 
-/// Columns before and after those of the shift in its matrix.
-const MARGIN: usize = 3;
+/// Columns before and after those of the shift in its matrix, as the network has them: aligned if the channels are.
+fn margin(s: &ConvShape) -> usize {
+    if s.oc.is_multiple_of(8) { 8 } else { 3 }
+}
 
 impl Data {
     fn new(s: ConvShape, seed: u64) -> Self {
@@ -66,7 +68,7 @@ impl Data {
             x: [uniform(x[0], seed), uniform(x[1], seed + 1)],
             w: uniform(s.weights(), seed + 2),
             bias: uniform(s.oc, seed + 3),
-            shift: uniform(s.n * (s.oc + 2 * MARGIN), seed + 4),
+            shift: uniform(s.n * (s.oc + 2 * margin(&s)), seed + 4),
             residual: uniform(s.out_pixels() * s.oc, seed + 5),
             dy: uniform(s.out_pixels() * s.oc, seed + 6),
             add: [uniform(x[0], seed + 7), uniform(x[1], seed + 8)],
@@ -101,7 +103,7 @@ impl Data {
         match pass {
             Pass::Forward => {
                 let mut y = nan(self.dy.len());
-                let shift = Rows { data: &self.shift, stride: s.oc + 2 * MARGIN, col: MARGIN };
+                let shift = Rows { data: &self.shift, stride: s.oc + 2 * margin(s), col: margin(s) };
                 let residual = Cat::single(&self.residual, s.oc);
                 conv2d::forward_cpu(&mut y, self.cat(), &self.w, Some(&self.bias), Some(shift), Some(residual), s);
                 vec![y]
@@ -197,11 +199,12 @@ fn kernels(d: &Driver, data: &Data, pass: Pass, t: Types, full: usize) -> Vec<Ve
         _ => launch::weights_workspace(s, t),
     };
     let scratch = d.alloc(workspace.max(1)).unwrap();
-    let stride = s.oc + 2 * MARGIN;
+    let stride = s.oc + 2 * margin(s);
+    let first = margin(s) * if t.half { 2 } else { 4 };
     match pass {
         Pass::Forward => {
             let (y, shift) = (gpu.nan(data.dy.len()), gpu.act(&data.shift));
-            let shift = (shift.offset(MARGIN * if t.half { 2 } else { 4 }), stride);
+            let shift = (shift.offset(first), stride);
             let f = launch::Forward { y, x, w, bias: gpu.f32(&data.bias), shift, residual: gpu.act(&data.residual) };
             launch::forward(d, s, t, full, &f, scratch.ptr()).unwrap();
             vec![gpu.read(y, data.dy.len(), t.half)]
@@ -216,12 +219,12 @@ fn kernels(d: &Driver, data: &Data, pass: Pass, t: Types, full: usize) -> Vec<Ve
         Pass::Weight => {
             let (dw, db) = (gpu.f32(&data.old[..s.weights()]), gpu.f32(&data.old[s.weights()..]));
             let dshift = gpu.nan(s.n * stride);
-            let column = dshift.offset(MARGIN * if t.half { 2 } else { 4 });
+            let column = dshift.offset(first);
             let dy = gpu.act(&data.dy);
             let b = launch::BackwardWeight { dw, db, dshift: (column, stride), dy, x, accumulate: true };
             launch::backward_weight(d, s, t, full, &b, scratch.ptr()).unwrap();
             let shift = gpu.read(dshift, s.n * stride, t.half);
-            let rows = shift.chunks_exact(stride).flat_map(|row| row[MARGIN..][..s.oc].to_vec()).collect();
+            let rows = shift.chunks_exact(stride).flat_map(|row| row[margin(s)..][..s.oc].to_vec()).collect();
             vec![gpu.read(dw, s.weights(), false), gpu.read(db, s.oc, false), rows]
         }
     }
