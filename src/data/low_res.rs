@@ -20,7 +20,7 @@ pub struct LowRes {
 impl LowRes {
     /// The images of `data`, each averaged to `small` pixels; its size must be a multiple of that.
     pub fn of(data: &Dataset, small: usize) -> Self {
-        assert!(data.h == data.w && data.h % small == 0, "{}x{} pixels to {small}", data.h, data.w);
+        assert!(data.h == data.w && data.h.is_multiple_of(small), "{}x{} pixels to {small}", data.h, data.w);
         let (large, c, factor) = (data.h, data.c, data.h / small);
         let mut pixels = Vec::with_capacity(data.n * small * small * c);
         for n in 0..data.n {

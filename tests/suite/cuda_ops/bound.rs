@@ -158,6 +158,7 @@ impl Rig {
 
     /// The larger of the two parts that a gradient of the variance half is the difference of: `1 - exp(-u)` and `d² exp(-u)`, or at t = 0
     /// those of the two ends of the bin. For the mean half, one product in the KL, the noise of the specification over 1e-5.
+    #[allow(clippy::too_many_arguments)]
     fn parts(&self, c: &Coefs, scale: f64, x_0: &[f32], eps: &[f32], out: &[f32], pixel: usize, k: usize) -> f64 {
         let channels = self.batch.shape.c;
         let (stride, o) = (self.objective.output.channels(channels), k % channels);
