@@ -261,7 +261,7 @@ pub fn prune(folder: &Path, keep: usize) -> Result<()> {
 /// [`Error::Checkpoint`] when there is none, saying what to do.
 pub fn find(path: &Path) -> Result<PathBuf> {
     if !path.is_dir() {
-        let hint = "no such checkpoint: give a .safetensors file written by `iddpm train`, or the folder of a run";
+        let hint = "no such checkpoint: run `iddpm train` first, or give a .safetensors file or the folder of a run";
         return if path.exists() { Ok(path.into()) } else { Err(Error::checkpoint(path, hint)) };
     }
     let newest = list(path).pop().map(|(_, p)| p);

@@ -5,6 +5,7 @@ pub mod config;
 pub mod error;
 pub mod rng;
 
+pub mod animation;
 pub mod checkpoint;
 pub mod data;
 pub mod diffusion;

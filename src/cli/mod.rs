@@ -7,6 +7,7 @@ pub mod data;
 pub mod doctor;
 mod export;
 mod flags;
+mod frames;
 mod images;
 mod import;
 mod import_check;
@@ -26,6 +27,8 @@ use crate::unet::Params;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 /// Improved Denoising Diffusion Probabilistic Models: train, sample, measure bits/dim
 #[derive(Parser, Debug)]
@@ -71,7 +74,8 @@ enum Command {
     Train(Box<train::TrainArgs>),
     /// Make pictures with a trained model
     #[command(after_help = "Examples:\n  iddpm sample\n  iddpm sample --model-path runs/cifar --use-ddim \
-        --timestep-respacing 50 --num-samples 16\n  iddpm sample --model-path runs/cond --labels 3,5")]
+        --timestep-respacing 50 --num-samples 16\n  iddpm sample --model-path runs/cond --labels 3,5\n  iddpm sample \
+        --strip strip.png --animation walk.gif --frame-of xt")]
     Sample(Box<sample::SampleArgs>),
     /// Measure bits/dim by the variational bound
     #[command(after_help = "Examples:\n  iddpm nll --num-samples 50\n  iddpm nll --model-path runs/cifar --data-dir \
@@ -86,6 +90,9 @@ enum Command {
     /// Look at a set of images before training on it
     #[command(subcommand)]
     Data(DataCommand),
+    /// Train a model that enlarges images, or enlarge with one
+    #[command(subcommand)]
+    SuperRes(SuperResCommand),
     /// Bring in a model of improved-diffusion, guided-diffusion or diffusers
     #[command(after_help = "Examples:\n  iddpm import cifar10_uncond_50M_500K.pt --preset cifar10\n  iddpm import \
         model500000.pt ema_0.9999_500000.pt opt500000.pt --preset cifar10 --to runs/cifar/checkpoint-00500000.safetensors\n  \
@@ -96,9 +103,24 @@ enum Command {
     #[command(after_help = "Examples:\n  iddpm export runs/cifar --to cifar.pt\n  iddpm export runs/cifar --to \
         cifar-diffusers")]
     Export(Box<export::ExportArgs>),
+    /// Tell what this machine and this program can do
+    #[command(after_help = "Example:\n  iddpm doctor")]
+    Doctor,
     /// Measure speed
     #[command(subcommand)]
     Bench(bench::BenchCommand),
+}
+
+#[derive(Subcommand, Debug)]
+enum SuperResCommand {
+    /// Train on large images, which are made small by averaging
+    #[command(after_help = "Example:\n  iddpm super-res train --data-dir photos --large-size 64 --small-size 16 \
+        --num-channels 64 --learn-sigma True --batch-size 16 --out runs/enlarge")]
+    Train(Box<train::TrainArgs>),
+    /// Enlarge small images
+    #[command(after_help = "Example:\n  iddpm super-res sample --model-path runs/enlarge --base-samples \
+        samples_64x16x16x3.npz --timestep-respacing 250")]
+    Sample(Box<sample::SampleArgs>),
 }
 
 #[derive(Subcommand, Debug)]
@@ -119,6 +141,10 @@ enum DataCommand {
 
 /// Runs the program with the process's arguments; returns its exit code.
 pub fn main() -> i32 {
+    // A closed pipe, as of `iddpm plan | head`, ends the program as it ends others, rather than in a panic of `println!`.
+    // If that cannot be set up, nothing else is lost.
+    let always = Arc::new(AtomicBool::new(true));
+    let _ = signal_hook::flag::register_conditional_default(signal_hook::consts::SIGPIPE, always);
     let matches = command().try_get_matches_from(normalise(std::env::args_os()));
     let cli = match matches.and_then(|m| Cli::from_arg_matches(&m)) {
         Ok(cli) => cli,
@@ -147,10 +173,13 @@ fn run(cli: Cli) -> Result<()> {
         Command::Sample(a) => sample::main(&a, g),
         Command::Nll(a) => nll::main(&a, g),
         Command::Plan(a) => plan::main(&a, g),
+        Command::SuperRes(SuperResCommand::Train(a)) => train::super_res(&a, g),
+        Command::SuperRes(SuperResCommand::Sample(a)) => sample::main(&a, g),
         Command::Import(a) => import::main(&a, g),
         Command::Export(a) => export::main(&a, g),
         Command::Plot(c) => plot::main(&c, g),
         Command::Bench(c) => bench::main(&c, g),
+        Command::Doctor => doctor::run(&mut std::io::stdout()),
         Command::Data(DataCommand::Inspect { data, image_size, channels }) => {
             let mut spec = data.spec(&Default::default(), g.threads)?;
             (spec.image_size, spec.channels) = (image_size, channels);

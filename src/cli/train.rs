@@ -39,8 +39,8 @@ pub struct TrainArgs {
     #[arg(long, value_name = "PATH", hide = true)]
     resume_checkpoint: Option<String>,
     /// Stop after this many minutes, saved
-    #[arg(long, help_heading = "Run")]
-    minutes: Option<f64>,
+    #[arg(long, value_parser = minutes, allow_negative_numbers = true, help_heading = "Run")]
+    minutes: Option<Duration>,
     /// Steps between lines of the log
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..), help_heading = "Run")]
     log_interval: u64,
@@ -56,6 +56,12 @@ pub struct TrainArgs {
     /// Write event files for TensorBoard beside log.jsonl
     #[arg(long, help_heading = "Run")]
     tensorboard: bool,
+}
+
+/// A time limit in minutes.
+fn minutes(text: &str) -> std::result::Result<Duration, String> {
+    let time = text.parse().ok().and_then(|m: f64| Duration::try_from_secs_f64(60.0 * m).ok());
+    time.ok_or_else(|| format!("--minutes {text}: not a number of minutes"))
 }
 
 /// Where a run starts.
@@ -89,6 +95,18 @@ pub fn main(a: &TrainArgs, g: &Global) -> Result<()> {
     run::run(&mut trainer, &options, &mut |t, path| preview.write(t, path))?;
     println!("output    {}", out.display());
     Ok(())
+}
+
+/// Trains a model of super-resolution.
+///
+/// # Errors
+/// [`Error::Config`] without a size of the small images; those of [`main`].
+pub fn super_res(a: &TrainArgs, g: &Global) -> Result<()> {
+    let told = a.model.small_size.is_some() || a.train.preset.as_deref() == Some("upsample");
+    if !told && a.resume_from(g).is_none() {
+        return Err(Error::Config("super-res train needs --small-size, or --preset upsample".into()));
+    }
+    main(a, g)
 }
 
 impl TrainArgs {
@@ -182,7 +200,7 @@ impl TrainArgs {
             sample_interval: self.sample_interval.unwrap_or(save_interval),
             keep: self.keep.into(),
             tensorboard: self.tensorboard,
-            time_limit: self.minutes.map(|m| Duration::from_secs_f64(60.0 * m)),
+            time_limit: self.minutes,
         }
     }
 }
@@ -212,7 +230,11 @@ impl Preview {
         let seeds: Vec<u64> = (0..PREVIEW_PICTURES as u64).map(|i| c.train.seed.wrapping_add(i)).collect();
         let labels = c.model.num_classes.map(|n| (0..PREVIEW_PICTURES).map(|i| (i % n) as i32).collect::<Vec<_>>());
         let pictures = Pictures { seeds: &seeds, labels: labels.as_deref() };
-        let bytes = grid::to_bytes(&sampler.run(&mut t.device, pictures, &mut |_| Ok(()))?, ToByte::Round);
+        let x = match &t.low_res {
+            Some(small) => sampler.enlarge(&mut t.device, pictures, small, &mut |_| Ok(()))?,
+            None => sampler.run(&mut t.device, pictures, &mut |_| Ok(()))?,
+        };
+        let bytes = grid::to_bytes(&x, ToByte::Round);
         let images = grid::Images::new([c.model.image_size, c.model.image_size, c.model.in_channels], &bytes);
         images.write_grid(path, images.visible_scale())?;
         let weights = average.map_or("live weights, the averages are younger than their half-life".into(), |i| {

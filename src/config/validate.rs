@@ -21,6 +21,9 @@ impl Config {
         self.model.validate()?;
         self.diffusion.validate()?;
         self.train.validate()?;
+        check(!(self.train.flip && self.model.low_res.is_some()), || {
+            "--flip would mirror the large images and not the small ones of --small-size: leave it out".into()
+        })?;
         let halves = if self.diffusion.learns_variance() { 2 } else { 1 };
         let (have, need) = (self.model.out_channels, halves * self.model.in_channels);
         check(have == need, || {
@@ -42,6 +45,12 @@ impl ModelConfig {
         within("num-res-blocks", self.num_res_blocks, 1, 64)?;
         within("channel-mult: number of levels", self.channel_mult.len(), 1, 10)?;
         within("dropout", self.dropout, 0.0, 0.99)?;
+        if let Some(small) = self.low_res {
+            within("small-size", small, 1, self.image_size)?;
+            check(self.image_size % small == 0, || {
+                format!("--small-size {small} does not divide the size {} of the large images", self.image_size)
+            })?;
+        }
         for &m in &self.channel_mult {
             within("channel-mult", m, 1, 64)?;
             let c = m * self.model_channels;

@@ -5,7 +5,7 @@ use iddpm::grid::Images;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::sync::OnceLock;
+use std::sync::{OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
 /// The program: where the test runner says it is now, or where it was built.
@@ -18,9 +18,27 @@ fn words(line: &str) -> Vec<&str> {
     line.split_whitespace().collect()
 }
 
+/// Longest time a command may take here; it would hang otherwise.
+const LIMIT: Duration = Duration::from_secs(300);
+
 /// Runs a command line in `folder`.
 fn at(folder: &Path, line: &str) -> Output {
-    program().args(words(line)).current_dir(folder).output().unwrap()
+    finish(program().args(words(line)).current_dir(folder), line)
+}
+
+/// Runs `command` to its end, or kills it and panics.
+fn finish(command: &mut Command, line: &str) -> Output {
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let (id, (done, ended)) = (child.id() as i32, mpsc::channel());
+    let watch = std::thread::spawn(move || {
+        let hangs = ended.recv_timeout(LIMIT) == Err(mpsc::RecvTimeoutError::Timeout);
+        // SAFETY: a signal to a child whose end has not been reported.
+        hangs && unsafe { libc::kill(id, libc::SIGKILL) } == 0
+    });
+    let out = child.wait_with_output().unwrap();
+    drop(done);
+    assert!(!watch.join().unwrap(), "iddpm {line}: hangs\n{}", text(&out.stderr));
+    out
 }
 
 fn text(bytes: &[u8]) -> String {
@@ -50,7 +68,7 @@ fn bad(folder: &Path, line: &str, parts: &[&str]) {
 
 /// A network that trains in no time.
 const SMALL: &str = "--threads 1 --num_channels 32 --channel_mult 1,2 --num_res_blocks 1 --attention_resolutions 8 \
-                     --diffusion_steps 12 --batch_size 4 --limit 40 --ema_rate 0.5";
+                     --diffusion_steps 12 --noise_schedule cosine --batch_size 4 --limit 40 --ema_rate 0.5";
 
 /// A folder with a trained run in `run` and a class-conditional one in `cond`; tests copy what they change.
 fn trained() -> &'static Path {
@@ -142,7 +160,7 @@ fn the_reference_spelling_of_flags_is_understood() {
 #[test]
 fn every_command_has_help_with_an_example() {
     let folder = tempfile::tempdir().unwrap();
-    for command in ["train", "sample", "nll", "plan", "data inspect", "bench step"] {
+    for command in ["train", "sample", "nll", "plan", "data inspect", "bench step", "doctor"] {
         let out = good(folder.path(), &format!("{command} --help"));
         assert!(out.contains("Example") && out.contains(&format!("iddpm {command}")), "{command}: {out}");
     }
@@ -169,14 +187,16 @@ fn bad_settings_are_told_before_anything_is_done() {
     bad(f, "train --num_heads 5", &["--num-heads 5", "64"]);
     bad(f, "train --attention_resolutions 5", &["--attention-resolutions 5", "16, 8"]);
     bad(f, "train --diffusion_steps 1", &["--diffusion-steps 1"]);
-    bad(f, "train --timestep_respacing ddim7", &["ddim7"]);
+    bad(f, "train --timestep_respacing ddim999", &["ddim999", "ddim1000"]);
     bad(f, "train --ema_rate 1.5", &["--ema-rate 1.5"]);
     bad(f, "train --lr nan", &["--lr NaN"]);
     bad(f, "train --lr_anneal_steps 10 --steps 20", &["20", "10"]);
     bad(f, "train --threads 0", &["--threads 0"]);
     bad(f, "train --dropout 1", &["--dropout 1"]);
     bad(f, "train --resume", &["runs/digits"]);
-    bad(f, "train --minutes -3", &["-3"]);
+    bad(f, "train --minutes -3", &["--minutes -3"]);
+    bad(f, "train --minutes inf", &["--minutes inf"]);
+    bad(f, "train --diffusion_steps 20 --noise_schedule linear", &["--diffusion-steps 20", "21", "cosine"]);
     bad(f, "sample", &["runs/digits", "iddpm train"]);
     bad(f, "nll --model_path none.safetensors", &["none.safetensors", "iddpm train"]);
     assert_eq!(std::fs::read_dir(f).unwrap().count(), 0, "something was written");
@@ -301,7 +321,7 @@ fn a_full_disk_leaves_the_last_checkpoint_whole() {
     let mut command = program();
     command.args(words(line)).current_dir(f);
     with_file_limit(&mut command, 1 << 20);
-    let out = command.output().unwrap();
+    let out = finish(&mut command, line);
     assert_bad(&out, line, 1, &["checkpoint-00000006.safetensors", "untouched", "--resume"]);
     assert!(std::fs::read(&path).unwrap() == before, "the old checkpoint has changed");
     let left = std::fs::read_dir(f).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
@@ -344,4 +364,15 @@ fn a_loss_that_is_not_finite_stops_the_run() {
         let params = iddpm::unet::Params::new(&c.progress.config.model);
         c.weights(&iddpm::train::slots(&params), params.len).expect("saved weights are finite");
     }
+}
+
+#[test]
+fn a_closed_pipe_ends_the_program_quietly() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = program();
+    command.args(["plan"]).current_dir(folder.path()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    drop(child.stdout.take());
+    let out = child.wait_with_output().unwrap();
+    assert!(!text(&out.stderr).contains("panicked"), "{}", text(&out.stderr));
 }

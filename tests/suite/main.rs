@@ -2,6 +2,7 @@
 
 mod bench;
 mod cli;
+mod cuda_conv;
 #[cfg(feature = "emulator")]
 mod cuda_ops;
 mod data;
@@ -14,5 +15,7 @@ mod golden;
 mod import;
 mod kernels;
 mod network;
+mod pictures;
 mod steps;
+mod super_res;
 mod train;

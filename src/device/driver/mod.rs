@@ -57,7 +57,7 @@ use library::EmulatedKernel;
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
 /// An address in device memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(transparent)]
 pub struct Ptr(pub u64);
 
