@@ -100,11 +100,10 @@ def calls_per_block(fn, device, block_s, most=2000):
 
 
 def block(fn, device, calls):
-    """Seconds per call over one block, the processor's seconds, and the share of the cores that others used (CPU only)."""
+    """Seconds per call over one block, and the share of the cores that others used meanwhile (CPU only)."""
     before = Load()
     seconds = seconds_per_call(fn, device, calls)
-    after = Load()
-    return seconds, (after.own - before.own) / calls, before.foreign(after) if device != "cuda" else None
+    return seconds, before.foreign(Load()) if device != "cuda" else None
 
 
 FEWEST = 3  # blocks that a median is taken over
@@ -122,14 +121,14 @@ def measure(fn, device, blocks=5, block_s=0.2, warmup=3, max_iters=2000, limit_s
     sync(device)
     iters = calls_per_block(fn, device, block_s, max_iters)
     taken, begin = [], time.monotonic()
-    while len(quiet := [b for b in taken if b[2] is None or b[2] <= QUIET]) < blocks:
+    while len(quiet := [b for b in taken if b[1] is None or b[1] <= QUIET]) < blocks:
         enough = len(taken) >= blocks if limit_s is None else time.monotonic() - begin > limit_s
         if len(taken) >= FEWEST and enough:
             break
         taken.append(block(fn, device, iters))
     busy = len(quiet) < FEWEST
     used = taken if busy else quiet
-    times, foreign = [b[0] for b in used], [b[2] for b in used if b[2] is not None]
+    times, foreign = [b[0] for b in used], [b[1] for b in used if b[1] is not None]
     median = statistics.median(times)
     return {"s": median, "min_s": min(times), "max_s": max(times), "spread": (max(times) - min(times)) / median,
             "blocks": len(used), "calls": iters, "busy": busy,

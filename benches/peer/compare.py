@@ -62,14 +62,29 @@ class Side:
         return json.loads(line)
 
     def block(self):
+        before = processor_seconds(self.process.pid)
         self.process.stdin.write("\n")
         self.process.stdin.flush()
-        self.blocks.append(self.answer())
-        return self.blocks[-1]
+        block = self.answer()
+        after = processor_seconds(self.process.pid)
+        block["processor_s"] = (after - before) / block["calls"] if after else None
+        self.blocks.append(block)
+        return block
 
     def stop(self):
         self.process.stdin.close()
         self.process.wait()
+
+
+def processor_seconds(pid):
+    """Processor time of a process so far, all its threads together; 0 where the system does not tell."""
+    total = 0
+    for path in pathlib.Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        try:
+            total += int(path.read_text().split()[0])
+        except OSError:  # a thread that has ended
+            pass
+    return total * 1e-9
 
 
 def peer_side(o, name, workload):
@@ -301,6 +316,7 @@ def words(text):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--binary", default=str(ROOT / "target" / "release" / "iddpm"))
+    p.add_argument("--commit", help="what the program was built from, if not the working folder's commit")
     p.add_argument("--python", default="", help="a Python with PyTorch; empty: the peer is not measured")
     p.add_argument("--peer-missing", default="no PyTorch", help="why the peer is not measured")
     p.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
@@ -333,7 +349,7 @@ def main():
 
 def measure(o):
     record = dict(name=o.name, date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-                  commit=commit(), machine=machine(), threads=o.threads, block_s=o.block_s, quiet=QUIET,
+                  commit=o.commit or commit(), machine=machine(), threads=o.threads, block_s=o.block_s, quiet=QUIET,
                   clock="processor" if o.processor_time else "wall", rows=[])
     with tempfile.TemporaryDirectory() as o.scratch:
         o.no_ratio = None

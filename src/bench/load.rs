@@ -25,16 +25,11 @@ impl Load {
         Load { at: Instant::now(), own: process_seconds(), all }
     }
 
-    /// Processor seconds that this process used between `self` and `later`.
-    pub fn own(&self, later: &Load) -> f64 {
-        later.own - self.own
-    }
-
     /// Share of the cores that others used between `self` and `later`, 0 to 1; None where the system does not tell.
     pub fn foreign(&self, later: &Load) -> Option<f64> {
         let ((before, cores), (after, _)) = (self.all?, later.all?);
         let wall = later.at.duration_since(self.at).as_secs_f64();
-        Some((((after - before) - self.own(later)) / (wall * cores as f64)).max(0.0))
+        Some((((after - before) - (later.own - self.own)) / (wall * cores as f64)).max(0.0))
     }
 }
 

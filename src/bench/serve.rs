@@ -40,9 +40,7 @@ pub fn serve(named: &Named, sampler: Option<&str>, open: Open, block_s: f64) -> 
     for line in std::io::stdin().lock().lines() {
         line.map_err(Error::io("standard input", "read"))?;
         let block = Block::take(calls, &mut run)?;
-        let per = |seconds: f64| seconds / parts as f64;
-        let (s, processor_s, calls) = (per(block.seconds), per(block.processor), calls * parts);
-        println!("{}", json!({ "s": s, "processor_s": processor_s, "calls": calls, "foreign": block.foreign }));
+        println!("{}", json!({ "s": block.seconds / parts as f64, "calls": calls * parts, "foreign": block.foreign }));
     }
     Ok(())
 }

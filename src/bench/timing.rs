@@ -49,8 +49,6 @@ pub struct Timing {
 pub struct Block {
     /// Seconds per call.
     pub seconds: f64,
-    /// Processor seconds per call, all threads together.
-    pub processor: f64,
     /// Calls made.
     pub calls: usize,
     /// Share of the cores that others used meanwhile; None where the system does not tell.
@@ -72,9 +70,8 @@ impl Block {
         for _ in 0..calls {
             f()?;
         }
-        let (seconds, after) = (start.elapsed().as_secs_f64(), Load::now());
-        let per = |seconds: f64| seconds / calls as f64;
-        Ok(Block { seconds: per(seconds), processor: per(before.own(&after)), calls, foreign: before.foreign(&after) })
+        let seconds = start.elapsed().as_secs_f64() / calls as f64;
+        Ok(Block { seconds, calls, foreign: before.foreign(&Load::now()) })
     }
 }
 
@@ -156,9 +153,7 @@ mod tests {
     use super::*;
 
     fn blocks(of: &[(f64, f64)]) -> Vec<Block> {
-        of.iter()
-            .map(|&(seconds, foreign)| Block { seconds, processor: seconds, calls: 7, foreign: Some(foreign) })
-            .collect()
+        of.iter().map(|&(seconds, foreign)| Block { seconds, calls: 7, foreign: Some(foreign) }).collect()
     }
 
     #[test]
