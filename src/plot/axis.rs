@@ -56,6 +56,7 @@ impl Range {
     /// The value as the axis counts it, if it can be drawn.
     fn coordinate(&self, v: f64) -> Option<f64> {
         match self.scale {
+            Scale::Linear if v.abs() < 1.0 / LARGEST => Some(0.0),
             Scale::Linear => (v.abs() <= LARGEST).then_some(v),
             Scale::Log => (v > 0.0 && v <= LARGEST).then(|| v.log10()),
         }
