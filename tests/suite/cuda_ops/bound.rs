@@ -191,8 +191,8 @@ impl Rig {
         } else {
             let u = log_variance - c.log_beta_tilde_clipped;
             let d = mean - gaussian::q_posterior_mean(c, x_0, x_t);
-            // Where out is its target, the specification's difference of means keeps f64 noise below 1e-13, from sqrt(1 - alpha_bar).
-            (1e-8 * (-log_variance).exp(), 0.5 * (-u).exp_m1().abs() + 0.5 * d * d * (-log_variance).exp())
+            // Where out is its target, the specification's difference of means keeps f64 noise below 1e-12, from sqrt(1 - alpha_bar).
+            (1e-7 * (-log_variance).exp(), 0.5 * (-u).exp_m1().abs() + 0.5 * d * d * (-log_variance).exp())
         };
         let to_mean = if self.objective.mse_scale() == 0.0 { gaussian::d_p_mean(c, mean_type).abs() } else { 0.0 };
         vb_scale * if k < channels { to_mean * d_mean } else { gaussian::d_log_variance(c, var_type) * d_log }
