@@ -34,7 +34,7 @@ void mbar_init(uint64_t* bar, int count) {
 static void mbar_update(uint64_t* bar, unsigned arrivals, int64_t tx_bytes) {
     MBarrier m = mbar_load(bar);
     if (arrivals > m.pending) fail("mbarrier: more arrivals than its count of %u in one phase", unsigned(m.count));
-    edge_release(bar);
+    edge_release(reinterpret_cast<char*>(bar) + m.phase);
     m.tx_bytes += tx_bytes;
     m.pending -= arrivals;
     if (!m.pending && !m.tx_bytes) {
@@ -50,7 +50,7 @@ void mbar_arrive(uint64_t* bar, uint32_t tx_bytes, int rank) {
 bool mbar_try_wait(uint64_t* bar, uint32_t parity) {
     if (parity > 1) fail("mbarrier: a parity of %u", parity);
     if (mbar_load(bar).phase != parity) {
-        edge_acquire(bar);
+        edge_acquire(reinterpret_cast<char*>(bar) + parity);
         return true;
     }
     yield();
@@ -227,7 +227,7 @@ void cluster_arrive() {
     if (self()->cluster_arrived) fail("cluster barrier: a second arrival before the wait");
     self()->cluster_arrived = true;
     self()->cluster_phase = w.cluster_phase;
-    edge_release(&w.cluster_phase);
+    edge_release(edge_at(w.block[0], EDGE_CLUSTER, w.cluster_phase));
     if (++w.cluster_arrivals < w.blocks * w.block[0].threads) return;
     w.cluster_arrivals = 0;
     w.cluster_phase++;
@@ -245,7 +245,7 @@ void cluster_wait() {
         warp_of(t).ready &= ~(1u << t->lane);
         wait_for_others();
     }
-    edge_acquire(&w.cluster_phase);
+    edge_acquire(edge_at(w.block[0], EDGE_CLUSTER, t->cluster_phase));
 }
 
 // ---- wgmma: computed at its wait (lazy) or when the group is committed (eager) ----
