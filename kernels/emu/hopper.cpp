@@ -283,6 +283,21 @@ static void load_operand(uint64_t descriptor, bool mn_major, unsigned rows, floa
         }
     }
 }
+// One row of d, from the registers of its four threads or back to them.
+static void move_row(const WgmmaOp& o, int r, float* row, bool back) {
+    int owner = r / 16 * 32 + r % 8 * 4, half = r % 16 / 8 * 2;
+    for (int q = 0; q < 4; q++) {
+        float* d = o.d[owner + q] + half;
+        for (int j = 0; j < o.n / 8; j++) {
+            float* at = row + j * 8 + q * 2;
+            if (back) {
+                d[j * 4] = at[0], d[j * 4 + 1] = at[1];
+            } else {
+                at[0] = o.accumulate ? d[j * 4] : 0, at[1] = o.accumulate ? d[j * 4 + 1] : 0;
+            }
+        }
+    }
+}
 static void wgmma_compute(const WgmmaOp& o) {
     auto& [A, rows, B, acc] = worker().product;
     if (o.from_registers) {
@@ -301,28 +316,18 @@ static void wgmma_compute(const WgmmaOp& o) {
     for (int n = 0; n < o.n; n++) {
         for (int k = 0; k < 16; k++) B[k][n] = rows[n][k];
     }
-    for (int r = 0; r < 64; r++) {
-        int owner = r / 16 * 32 + r % 8 * 4, half = r % 16 / 8 * 2;
-        for (int q = 0; q < 4; q++) {
-            const float* d = o.d[owner + q] + half;
-            for (int j = 0; j < o.n / 8; j++) {
-                acc[j * 8 + q * 2] = o.accumulate ? d[j * 4] : 0;
-                acc[j * 8 + q * 2 + 1] = o.accumulate ? d[j * 4 + 1] : 0;
-            }
-        }
+    for (int r = 0; r < 64; r += 4) {  // four rows at a time: independent sums
+        for (int i = 0; i < 4; i++) move_row(o, r + i, acc[i], false);
         for (int j = 0; j < o.n; j += 8) {
-            v8 c, b;
-            memcpy(&c, acc + j, 32);
+            v8 c[4], b;
+            for (int i = 0; i < 4; i++) memcpy(&c[i], acc[i] + j, 32);
             for (int k = 0; k < 16; k++) {
                 memcpy(&b, B[k] + j, 32);
-                c += A[r][k] * b;
+                for (int i = 0; i < 4; i++) c[i] += A[r + i][k] * b;
             }
-            memcpy(acc + j, &c, 32);
+            for (int i = 0; i < 4; i++) memcpy(acc[i] + j, &c[i], 32);
         }
-        for (int q = 0; q < 4; q++) {
-            float* d = o.d[owner + q] + half;
-            for (int j = 0; j < o.n / 8; j++) d[j * 4] = acc[j * 8 + q * 2], d[j * 4 + 1] = acc[j * 8 + q * 2 + 1];
-        }
+        for (int i = 0; i < 4; i++) move_row(o, r + i, acc[i], true);
     }
 }
 static WarpGroup& group() {

@@ -164,8 +164,8 @@ struct Block {
     WarpGroup group[MAX_WARPS / 4];
     size_t logged;
 };
-struct WarpGroupProduct {  // operands and sums of the wgmma being computed; a[m][k], b[n][k] and b[k][n]
-    float a[64][16], rows[256][16], b[16][256], sums[256];
+struct WarpGroupProduct {  // operands and sums of the wgmma being computed: a[m][k], b as [n][k] and [k][n]
+    float a[64][16], rows[256][16], b[16][256], sums[4][256];
 };
 struct Worker {
     Job* job;
