@@ -256,7 +256,7 @@ impl WeightPlan {
         let tiles_tap = tiles_a + s.cb.div_ceil(tile.2);
         let tiles_n = if flat { (taps * s.c()).div_ceil(tile.2) } else { taps * tiles_tap };
         let tiles = s.oc.div_ceil(tile.1) * tiles_n;
-        let splits = (2 * full).div_ceil(tiles).min(s.n * p.runs() / MIN_RUNS).clamp(1, MAX_SPLITS);
+        let splits = full.div_ceil(tiles).min(s.n * p.runs() / MIN_RUNS).clamp(1, MAX_SPLITS);
         let parts = splits.div_ceil(s.n).min(p.runs());
         p.cut(s.n, parts, splits);
         let splits = p.splits();
