@@ -187,7 +187,11 @@ impl Rig {
             });
             let term = bound_term(&self.objective, c, x_0, x_t, (out_mean, out_var), |x| x).0;
             let probability = (-term.value).exp();
-            let sum = |f: &dyn Fn((f64, f64)) -> f64| ends.iter().map(|&e| f(e)).filter(|x| x.is_finite()).sum::<f64>();
+            // A probability is the difference of two of f64: good to 1e-15, which counts where it is small itself.
+            let coarse = 1.0 + 1e-10 / probability;
+            let sum = |f: &dyn Fn((f64, f64)) -> f64| {
+                coarse * ends.iter().map(|&e| f(e)).filter(|x| x.is_finite()).sum::<f64>()
+            };
             (sum(&|(_, slope)| slope * inverse) / probability, sum(&|(u, slope)| (u * slope).abs()) / probability)
         } else {
             let u = log_variance - c.log_beta_tilde_clipped;
