@@ -145,9 +145,9 @@ impl Rig {
                 assert!(off <= 1e-5 * want.abs() + 1e-20, "{} t = {}: {} {want}", self.what(), c.t, got[n]);
             }
             let stride = self.objective.output.channels(channels);
-            // Where out is its target, and in the tails of the bins, the specification's differences keep f64 noise, below 1e-12.
+            // Where out is its target, and in the tails of the bins, the specification's differences keep f64 noise, below 1e-11 of a gradient of size 1.
             let unit = 2.0 * self.objective.mse_scale() + self.objective.vb_scale(c.steps) / LN_2;
-            let noise = unit * scale.abs() / x_0.len() as f64 * 1e-12;
+            let noise = unit * scale.abs() / x_0.len() as f64 * 1e-11;
             for (o, &want) in want_d.iter().enumerate() {
                 let got = d_out[n * out.len() + o];
                 let parts = self.parts(c, scale / x_0.len() as f64, x_0, eps, out, o / stride, o % stride);
