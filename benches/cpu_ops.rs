@@ -132,11 +132,11 @@ fn conv2d(c: &mut Criterion) {
             });
         });
         let (mut dw, mut db) = (zeros(w.len()), zeros(s.oc));
-        let mut scratch = zeros(fast::conv2d_weight::backward_weight_scratch(&s));
+        let mut scratch = zeros(fast::conv2d::backward_weight_scratch(&s));
         group.bench_function(id("backward_weight"), |bencher| {
             bencher.iter(|| {
                 let db = Some(&mut db[..]);
-                fast::conv2d_weight::backward_weight(isa, &mut dw, db, None, &dy, x, false, &s, &mut scratch);
+                fast::conv2d::backward_weight(isa, &mut dw, db, None, &dy, x, false, &s, &mut scratch);
             });
         });
     }

@@ -12,6 +12,7 @@ pub mod load;
 pub mod record;
 pub mod run;
 pub mod sample;
+pub mod serve;
 pub mod startup;
 pub mod step;
 pub mod timing;

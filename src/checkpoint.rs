@@ -93,8 +93,20 @@ struct Tensor<'a> {
     bytes: &'a [u8],
 }
 
+/// Elements on their way into a file.
+struct Elements(Vec<f32>);
+
+impl AsRef<[u8]> for Elements {
+    fn as_ref(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.0)
+    }
+}
+
+/// Name, whether it holds integers, and size of a tensor in the header.
+type Entry<'a> = (&'a str, bool, &'a [usize]);
+
 /// Prefix of the tensors of the moving average of this rate.
-fn ema_prefix(rate: f64) -> String {
+pub fn ema_prefix(rate: f64) -> String {
     format!("ema.{rate}")
 }
 
@@ -124,11 +136,39 @@ pub fn save(path: &Path, snapshot: &Snapshot, slots: &[Slot]) -> Result<()> {
         let tensor = Tensor { integers: v.integers, dims: vec![v.bytes.len() / 4], bytes: &v.bytes };
         tensors.insert(format!("state.{}", v.name), tensor);
     }
-    write_whole(path, &header(&snapshot.progress, &tensors), tensors.values().map(|t| t.bytes))
+    let entries = tensors.iter().map(|(name, t)| (name.as_str(), t.integers, t.dims.as_slice()));
+    let header = header(&snapshot.progress, entries);
+    write_whole(path, &header, tensors.values().map(|t| Ok(t.bytes)))
+}
+
+/// Writes a file of the tensors `families` × `slots` alone, each made by `read(family, slot number)` when its turn
+/// comes, so that a model need not fit into memory twice. Families are "model", "ema.<rate>", "adam_m" and "adam_v".
+///
+/// # Errors
+/// Those of `read` and of [`save`]; `path` is then as it was.
+pub fn save_parts(
+    path: &Path,
+    progress: &Progress,
+    families: &[String],
+    slots: &[Slot],
+    mut read: impl FnMut(&str, usize) -> Result<Vec<f32>>,
+) -> Result<()> {
+    let mut parts = Vec::with_capacity(families.len() * slots.len());
+    for family in families {
+        parts.extend(slots.iter().enumerate().map(|(i, s)| (format!("{family}.{}", s.name), family.as_str(), i)));
+    }
+    parts.sort();
+    let header = header(progress, parts.iter().map(|(name, _, i)| (name.as_str(), false, slots[*i].dims)));
+    let tensors = parts.iter().map(|&(_, family, i)| {
+        let values = read(family, i)?;
+        assert_eq!(values.len(), slots[i].len(), "elements of {}", slots[i].name);
+        Ok(Elements(values))
+    });
+    write_whole(path, &header, tensors)
 }
 
 /// Length and JSON text of the header: metadata, then each tensor with its place, in the order of names.
-fn header(progress: &Progress, tensors: &BTreeMap<String, Tensor>) -> Vec<u8> {
+fn header<'a>(progress: &Progress, tensors: impl Iterator<Item = Entry<'a>>) -> Vec<u8> {
     let metadata = json!({
         FORMAT_KEY: FORMAT.to_string(),
         "program": concat!("iddpm ", env!("CARGO_PKG_VERSION")),
@@ -140,9 +180,9 @@ fn header(progress: &Progress, tensors: &BTreeMap<String, Tensor>) -> Vec<u8> {
     });
     let mut fields = serde_json::Map::from_iter([("__metadata__".to_string(), metadata)]);
     let mut at = 0;
-    for (name, t) in tensors {
-        let (dtype, end) = (if t.integers { "I32" } else { "F32" }, at + t.bytes.len());
-        fields.insert(name.clone(), json!({ "dtype": dtype, "shape": t.dims, "data_offsets": [at, end] }));
+    for (name, integers, dims) in tensors {
+        let (dtype, end) = (if integers { "I32" } else { "F32" }, at + 4 * dims.iter().product::<usize>());
+        fields.insert(name.into(), json!({ "dtype": dtype, "shape": dims, "data_offsets": [at, end] }));
         at = end;
     }
     let mut text = serde_json::Value::Object(fields).to_string().into_bytes();
@@ -150,19 +190,31 @@ fn header(progress: &Progress, tensors: &BTreeMap<String, Tensor>) -> Vec<u8> {
     [&(text.len() as u64).to_le_bytes()[..], &text].concat()
 }
 
-/// Fills a temporary file beside `path`, syncs it, renames it to `path` and syncs the folder.
-fn write_whole<'a>(path: &Path, header: &[u8], tensors: impl Iterator<Item = &'a [u8]>) -> Result<()> {
+fn write_whole<B: AsRef<[u8]>>(path: &Path, header: &[u8], tensors: impl Iterator<Item = Result<B>>) -> Result<()> {
+    replace(path, |out| {
+        out.write_all(header).map_err(|e| saving_failed(path, "write", e))?;
+        for bytes in tensors {
+            out.write_all(bytes?.as_ref()).map_err(|e| saving_failed(path, "write", e))?;
+        }
+        Ok(())
+    })
+}
+
+/// Lets `fill` write a temporary file beside `path`, syncs it, renames it to `path` and syncs the folder.
+///
+/// # Errors
+/// Those of `fill`; [`Error::Io`] when the disk is full or refuses. `path` is then as it was.
+pub fn replace(path: &Path, fill: impl FnOnce(&mut BufWriter<&File>) -> Result<()>) -> Result<()> {
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let refused = |action| move |e| saving_failed(path, action, e);
-    let file = tempfile::Builder::new().prefix(TEMPORARY).tempfile_in(folder).map_err(refused("create"))?;
-    let fill = || {
-        let mut out = BufWriter::with_capacity(1 << 20, file.as_file());
-        out.write_all(header)?;
-        tensors.into_iter().try_for_each(|bytes| out.write_all(bytes))?;
-        out.flush()?;
-        file.as_file().sync_all()
-    };
-    fill().map_err(refused("write"))?;
+    // As readable as any other new file, rather than for its owner alone.
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o666);
+    let file =
+        tempfile::Builder::new().prefix(TEMPORARY).permissions(mode).tempfile_in(folder).map_err(refused("create"))?;
+    let mut out = BufWriter::with_capacity(1 << 20, file.as_file());
+    fill(&mut out)?;
+    out.flush().and_then(|()| file.as_file().sync_all()).map_err(refused("write"))?;
+    drop(out);
     file.persist(path).map_err(|e| saving_failed(path, "replace", e.error))?;
     File::open(folder).and_then(|f| f.sync_all()).map_err(refused("write"))
 }
@@ -277,15 +329,37 @@ impl Checkpoint {
         self.region(&ema_prefix(rate), slots, len)
     }
 
-    /// Everything, to go on training. `state` lists the names, types and lengths that the run expects.
+    /// Whether the file holds moving averages beside the weights; an imported one may hold the weights alone.
+    pub fn has_averages(&self) -> bool {
+        self.holds("ema.")
+    }
+
+    fn holds(&self, prefix: &str) -> bool {
+        SafeTensors::read_metadata(&self.map).is_ok_and(|(_, m)| m.offset_keys().iter().any(|k| k.starts_with(prefix)))
+    }
+
+    /// Whether the model was imported and has not been trained since: it may lack averages, moments and state.
+    pub fn imported(&self) -> bool {
+        self.progress.config.data.images == 0
+    }
+
+    /// Everything, to go on training. `state` lists the names, types and lengths that the run expects. What an imported
+    /// file lacks is as in a new run: averages equal to the weights, moments and state 0.
     ///
     /// # Errors
     /// As [`Self::weights`].
     pub fn snapshot(&self, slots: &[Slot], len: usize, state: &[(String, bool, usize)]) -> Result<Snapshot> {
         let rates = &self.progress.config.train.ema_rates;
-        let averages = rates.iter().map(|r| self.region(&ema_prefix(*r), slots, len)).collect::<Result<Vec<_>>>()?;
+        let lacks = |prefix: &str| self.imported() && !self.holds(prefix);
+        let (no_averages, no_moments, no_state) = (lacks("ema."), lacks("adam_"), lacks("state."));
+        let average = |r: &f64| self.region(&if no_averages { "model".into() } else { ema_prefix(*r) }, slots, len);
+        let averages = rates.iter().map(average).collect::<Result<Vec<_>>>()?;
+        let moment = |name| if no_moments { Ok(vec![0.0; len]) } else { self.region(name, slots, len) };
         let tensors = self.tensors()?;
         let values = state.iter().map(|(name, integers, n)| {
+            if no_state {
+                return Ok(StateValue { name: name.clone(), integers: *integers, bytes: vec![0; 4 * n] });
+            }
             let dtype = if *integers { Dtype::I32 } else { Dtype::F32 };
             let bytes = self.tensor(&tensors, &format!("state.{name}"), dtype, &[*n])?.to_vec();
             Ok(StateValue { name: name.clone(), integers: *integers, bytes })
@@ -294,8 +368,8 @@ impl Checkpoint {
             progress: self.progress.clone(),
             params: self.region("model", slots, len)?,
             ema: averages.concat(),
-            adam_m: self.region("adam_m", slots, len)?,
-            adam_v: self.region("adam_v", slots, len)?,
+            adam_m: moment("adam_m")?,
+            adam_v: moment("adam_v")?,
             state: values.collect::<Result<_>>()?,
         })
     }

@@ -107,6 +107,15 @@ pub struct ModelConfig {
     pub use_scale_shift_norm: bool,
     /// Learned resampling; otherwise average pool down and plain nearest up.
     pub conv_resample: bool,
+    /// Channels of one attention head, in place of the numbers of heads.
+    #[serde(default)]
+    pub num_head_channels: Option<usize>,
+    /// Residual blocks change the size, in place of single layers.
+    #[serde(default)]
+    pub resblock_updown: bool,
+    /// The channels of attention are all of q, all of k, all of v, rather than grouped by head.
+    #[serde(default)]
+    pub use_new_attention_order: bool,
 }
 
 impl Default for ModelConfig {
@@ -125,6 +134,9 @@ impl Default for ModelConfig {
             num_heads_upsample: 4,
             use_scale_shift_norm: true,
             conv_resample: true,
+            num_head_channels: None,
+            resblock_updown: false,
+            use_new_attention_order: false,
         }
     }
 }
@@ -192,6 +204,8 @@ pub struct TrainConfig {
     pub flip: bool,
     /// Seed of every random number of the run.
     pub seed: u64,
+    /// Residual blocks are computed anew in the backward pass: less memory, the same bits.
+    pub recompute: bool,
 }
 
 impl Default for TrainConfig {
@@ -209,6 +223,7 @@ impl Default for TrainConfig {
             schedule_sampler: TimestepSampler::Uniform,
             flip: false,
             seed: 0,
+            recompute: false,
         }
     }
 }
@@ -265,7 +280,8 @@ pub struct Config {
 }
 
 impl Config {
-    /// Every setting as its flag spells it: for the head of a run and for comparing two configurations.
+    /// Every setting that a result depends on, as its flag spells it: for the head of a run and for comparing two
+    /// configurations.
     pub fn settings(&self) -> Vec<(&'static str, String)> {
         let (m, d, t) = (&self.model, &self.diffusion, &self.train);
         let pixels: Vec<usize> = m.attention_resolutions.iter().map(|f| m.image_size / f).collect();
@@ -282,6 +298,9 @@ impl Config {
             ("class-cond", m.num_classes.is_some().to_string()),
             ("use-scale-shift-norm", m.use_scale_shift_norm.to_string()),
             ("conv-resample", m.conv_resample.to_string()),
+            ("num-head-channels", m.num_head_channels.map_or("-1".into(), |c| c.to_string())),
+            ("resblock-updown", m.resblock_updown.to_string()),
+            ("use-new-attention-order", m.use_new_attention_order.to_string()),
             ("learn-sigma", d.learns_variance().to_string()),
             ("sigma-small", (d.var_type == VarType::FixedSmall).to_string()),
             ("diffusion-steps", d.diffusion_steps.to_string()),

@@ -66,12 +66,16 @@ impl<'a> Images<'a> {
         64usize.div_ceil(self.h.max(self.w)).max(1)
     }
 
-    /// A grid with ceil(sqrt n) columns, each pixel enlarged to `scale` x `scale`, 2 pixels of padding: (h, w, pixels),
-    /// with c as here. Places without an image stay in the padding's grey.
+    /// A grid with ceil(sqrt n) columns; see [`Images::table`].
     pub fn grid(&self, scale: usize) -> (usize, usize, Vec<u8>) {
-        assert!(scale > 0 && self.n() > 0, "a grid of {} images at scale {scale}", self.n());
+        self.table((1..).find(|k| k * k >= self.n()).unwrap_or(1), scale)
+    }
+
+    /// The images row by row in `columns` columns, each pixel enlarged to `scale` x `scale`, 2 pixels of padding:
+    /// (h, w, pixels), with c as here. Places without an image stay in the padding's grey.
+    pub fn table(&self, columns: usize, scale: usize) -> (usize, usize, Vec<u8>) {
         let (n, c) = (self.n(), self.c);
-        let columns = (1..).find(|k| k * k >= n).unwrap_or(n);
+        assert!(scale > 0 && n > 0 && columns > 0, "a grid of {n} images in {columns} columns at scale {scale}");
         let (cell_h, cell_w) = (self.h * scale + PADDING, self.w * scale + PADDING);
         let (h, w) = (n.div_ceil(columns) * cell_h + PADDING, columns * cell_w + PADDING);
         let mut out = vec![PADDING_LEVEL; h * w * c];
@@ -108,7 +112,10 @@ impl<'a> Images<'a> {
     }
 
     /// Writes the only image as a PNG.
-    fn write_png(&self, path: &Path) -> Result<()> {
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the folder cannot be written.
+    pub fn write_png(&self, path: &Path) -> Result<()> {
         assert!(self.n() == 1, "a PNG of {} images", self.n());
         atomically(path, |file| {
             let mut encoder = png::Encoder::new(std::io::BufWriter::new(file), self.w as u32, self.h as u32);

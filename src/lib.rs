@@ -5,12 +5,16 @@ pub mod config;
 pub mod error;
 pub mod rng;
 
+pub mod animation;
 pub mod checkpoint;
 pub mod data;
 pub mod diffusion;
 pub mod grid;
+pub mod import;
 pub mod npz;
+pub mod plot;
 pub mod schedule;
+pub mod tensorboard;
 pub mod timestep;
 
 pub mod autograd;

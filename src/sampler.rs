@@ -98,7 +98,7 @@ fn record(
     g.scope("sample");
     let output = Output { mean_type: diffusion.mean_type, var_type: diffusion.var_type };
     let (reverse, clip, process) = (settings.reverse, settings.clip, process.clone());
-    g.push(PSample { x, copy: None, x_0: Some(x_0), out, seeds, control, reverse, output, clip, process });
+    g.push(PSample { x, copy: None, x_0: Some(x_0), out, seeds, noise: None, control, reverse, output, clip, process });
     (g, [x, x_0, time, seeds, control], labels)
 }
 

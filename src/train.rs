@@ -112,7 +112,7 @@ impl Trainer {
             .collect();
         let s = checkpoint.snapshot(&slots(&self.params), self.params.len, &state)?;
         let (have, want) = (&s.progress.config.data, &self.config.data);
-        if (have.fingerprint, have.images) != (want.fingerprint, want.images) {
+        if !checkpoint.imported() && (have.fingerprint, have.images) != (want.fingerprint, want.images) {
             return Err(Error::checkpoint(
                 checkpoint.path(),
                 format!(

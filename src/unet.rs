@@ -6,7 +6,7 @@
 pub mod architecture;
 pub mod params;
 
-pub use architecture::{Architecture, Block, Layer, ResBlock};
+pub use architecture::{Architecture, Block, Layer, ResBlock, Resample};
 pub use params::{Init, Param, ParamVals, Params};
 
 use crate::autograd::Tape;
@@ -192,7 +192,7 @@ impl<'a> Recorder<'a> {
         match layer {
             Layer::Conv { .. } => self.conv(name, x, ConvOptions::default()),
             Layer::Res(b) => self.res_block(name, b, x),
-            Layer::Attention { heads, .. } => self.attention(name, x.a, *heads),
+            Layer::Attention { heads, order, .. } => self.attention(name, x.a, *heads, *order),
             Layer::Downsample { conv: true, .. } => {
                 self.conv(&format!("{name}.op"), x, ConvOptions { downsample: true, ..ConvOptions::default() })
             }
@@ -218,7 +218,9 @@ impl<'a> Recorder<'a> {
         let columns = Some((self.projected, b.column));
         let h = self.norm(&format!("{name}.in_layers.0"), x, NormOptions { silu: true, ..NormOptions::default() });
         let shift = if b.scale_shift { None } else { columns };
-        let h = self.conv(&format!("{name}.in_layers.2"), h.into(), ConvOptions { shift, ..ConvOptions::default() });
+        let h = if b.resample == Resample::Down { AvgPool::record(self.g, h) } else { h };
+        let o = ConvOptions { shift, upsample: b.resample == Resample::Up, ..ConvOptions::default() };
+        let h = self.conv(&format!("{name}.in_layers.2"), h.into(), o);
         let dropout = self.dropout.filter(|d| d.p > 0.0).map(|d| DropoutStep {
             p: d.p,
             op: rng::op::DROPOUT + b.number,
@@ -229,7 +231,11 @@ impl<'a> Recorder<'a> {
         let h = self.norm(&format!("{name}.out_layers.0"), h.into(), NormOptions { silu: true, scale_shift, dropout });
         let skip = if b.c == b.oc {
             assert!(x.b.is_none(), "{name}: a skip of two parts has a convolution");
-            x.a
+            match b.resample {
+                Resample::Keep => x.a,
+                Resample::Down => AvgPool::record(self.g, x.a),
+                Resample::Up => Upsample::record(self.g, x.a),
+            }
         } else {
             self.conv(&format!("{name}.skip_connection"), x, ConvOptions::default())
         };
@@ -237,10 +243,10 @@ impl<'a> Recorder<'a> {
         self.conv(&format!("{name}.out_layers.3"), h.into(), o)
     }
 
-    fn attention(&mut self, name: &str, x: Val, heads: usize) -> Val {
+    fn attention(&mut self, name: &str, x: Val, heads: usize, order: QkvOrder) -> Val {
         let h = self.norm(&format!("{name}.norm"), x.into(), NormOptions::default());
         let qkv = self.conv(&format!("{name}.qkv"), h.into(), ConvOptions::default());
-        let h = Attention::record(self.g, qkv, heads, QkvOrder::Legacy);
+        let h = Attention::record(self.g, qkv, heads, order);
         let o = ConvOptions { residual: Some(x), ..ConvOptions::default() };
         self.conv(&format!("{name}.proj_out"), h.into(), o)
     }

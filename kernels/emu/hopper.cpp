@@ -284,8 +284,7 @@ static void load_operand(uint64_t descriptor, bool mn_major, unsigned rows, floa
     }
 }
 static void wgmma_compute(const WgmmaOp& o) {
-    static thread_local float A[64][16], rows[256][16];
-    alignas(32) static thread_local float B[16][256], acc[256];
+    auto& [A, rows, B, acc] = worker().product;
     if (o.from_registers) {
         for (int t = 0; t < 128; t++) {
             int r = t / 32 * 16 + t % 32 / 4, c = t % 4 * 2;

@@ -163,6 +163,9 @@ struct Block {
     WarpGroup group[MAX_WARPS / 4];
     size_t logged;
 };
+struct WarpGroupProduct {  // operands and sums of the wgmma being computed; a[m][k], b[n][k] and b[k][n]
+    float a[64][16], rows[256][16], b[16][256], sums[256];
+};
 struct Worker {
     Job* job;
     Block block[MAX_CLUSTER];
@@ -181,6 +184,7 @@ struct Worker {
     uint64_t rng;
     bool failed;
     Meter meter;
+    WarpGroupProduct product;
 };
 
 struct Local {  // of the host thread; read on every checked access

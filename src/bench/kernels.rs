@@ -8,7 +8,7 @@ use super::ceilings::Ceilings;
 use super::configs::{self, Named};
 use super::load::{Load, QUIET};
 use super::record::{Record, Table};
-use super::run::TrainingStep;
+use super::run::{Open, TrainingStep};
 use super::timing::{Effort, FEWEST, median};
 use crate::config::Config;
 use crate::device::Plan;
@@ -33,19 +33,13 @@ struct Kind {
 ///
 /// # Errors
 /// Memory that cannot be had.
-pub fn kernels(
-    record: &mut Record,
-    list: &[Named],
-    threads: usize,
-    effort: &Effort,
-    ceilings: &Ceilings,
-) -> Result<()> {
+pub fn kernels(record: &mut Record, list: &[Named], open: Open, effort: &Effort, ceilings: &Ceilings) -> Result<()> {
     for Named { name, config } in list {
         let images = configs::images(config)?;
         let (plan, vals, params) = train::plan_of(config, images.n, true)?;
         let (graph, kinds) = distinct(plan.graph, config, vals.control);
         eprintln!("{name}: {} distinct ops", kinds.len());
-        let mut step = TrainingStep::bind(config, &images, Plan::new(graph, false), vals, &params, threads)?;
+        let mut step = TrainingStep::bind(config, &images, Plan::new(graph, false), vals, &params, open)?;
         fill(&mut step, config.train.seed)?;
         let rounds = Rounds::measure(&mut step, effort)?;
         record.add(table(name, config.train.batch_size, step.graph(), &kinds, &rounds, ceilings));
@@ -116,6 +110,7 @@ fn add_sampling(g: &mut Graph, config: &Config, control: Val) {
         x_0: Some(x_0),
         out,
         seeds,
+        noise: None,
         control,
         reverse: Reverse::Ancestral,
         output,

@@ -22,6 +22,9 @@ pub fn weights(params: &Params, seed: u64) -> Vec<f32> {
     flat
 }
 
+/// Opens a device of the kind that is measured; each measurement has one of its own.
+pub type Open<'a> = &'a dyn Fn() -> Result<Device>;
+
 /// A training step of a configuration, ready to run again and again.
 pub struct TrainingStep {
     /// Where it runs.
@@ -37,14 +40,14 @@ pub struct TrainingStep {
 }
 
 impl TrainingStep {
-    /// Records, plans and binds the step on `threads` threads (0: one per core).
+    /// Records, plans and binds the step on a device that `open` gives.
     ///
     /// # Errors
     /// Settings that do not fit together, or memory that cannot be had.
-    pub fn new(config: &Config, threads: usize) -> Result<Self> {
+    pub fn new(config: &Config, open: Open) -> Result<Self> {
         let images = configs::images(config)?;
         let (plan, vals, params) = train::plan_of(config, images.n, true)?;
-        Self::bind(config, &images, plan, vals, &params, threads)
+        Self::bind(config, &images, plan, vals, &params, open)
     }
 
     /// Binds `plan`, which may be another list over the values of a training step, and fills its inputs.
@@ -57,10 +60,10 @@ impl TrainingStep {
         plan: Plan,
         vals: TrainVals,
         params: &Params,
-        threads: usize,
+        open: Open,
     ) -> Result<Self> {
         train::check_memory(plan.bytes())?;
-        let mut device = Device::cpu(threads)?;
+        let mut device = open()?;
         let planned = plan.bytes();
         let id = device.bind(plan)?;
         device.write_region(Region::Data, &images.pixels)?;
@@ -101,7 +104,8 @@ impl TrainingStep {
     /// Those of the device.
     pub fn run(&mut self) -> Result<()> {
         self.control()?;
-        self.device.run(self.id)
+        self.device.run(self.id)?;
+        self.device.sync()
     }
 
     /// One training step whose ops add their times to `seconds`.
@@ -126,6 +130,14 @@ impl TrainingStep {
         let mut out = vec![0.0; self.graph().shape(v).len()];
         self.device.read(self.id, v, &mut out)?;
         Ok(out)
+    }
+}
+
+/// Threads that compute; on a GPU, one that starts the work.
+pub fn threads(device: &Device) -> usize {
+    match device {
+        Device::Cpu(cpu) => cpu.threads(),
+        Device::Cuda(_) => 1,
     }
 }
 

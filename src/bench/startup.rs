@@ -6,7 +6,7 @@
 use super::configs::Named;
 use super::load::peak_memory;
 use super::record::{Record, Table};
-use super::run::TrainingStep;
+use super::run::{Open, TrainingStep};
 use super::timing::{Effort, median};
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -34,10 +34,10 @@ pub struct FirstStep {
 ///
 /// # Errors
 /// Those of the step.
-pub fn child(named: &Named, threads: usize) -> Result<()> {
+pub fn child(named: &Named, open: Open) -> Result<()> {
     let before = peak_memory();
     let start = Instant::now();
-    let mut run = TrainingStep::new(&named.config, threads)?;
+    let mut run = TrainingStep::new(&named.config, open)?;
     let build_s = start.elapsed().as_secs_f64();
     let mut timed = || {
         let start = Instant::now();
@@ -50,15 +50,13 @@ pub fn child(named: &Named, threads: usize) -> Result<()> {
     Ok(())
 }
 
-/// Runs the child; returns its report and the seconds from its start to its end.
-fn spawn(named: &Named, batch: usize, threads: usize) -> Result<(FirstStep, f64)> {
+/// Runs the child with `flags` added; returns its report and the seconds from its start to its end.
+fn spawn(named: &Named, batch: usize, flags: &[String]) -> Result<(FirstStep, f64)> {
     let program = std::env::current_exe().map_err(Error::io("iddpm", "find the program"))?;
     let start = Instant::now();
     let mut command = Command::new(&program);
     command.args(["bench", "first-step", "--config", &named.name, "--batch-size", &batch.to_string()]);
-    if threads > 0 {
-        command.args(["--threads", &threads.to_string()]);
-    }
+    command.args(flags);
     let out = command.stderr(Stdio::inherit()).output().map_err(Error::io(&program, "start"))?;
     let seconds = start.elapsed().as_secs_f64();
     let text = String::from_utf8_lossy(&out.stdout);
@@ -75,12 +73,12 @@ fn spawn(named: &Named, batch: usize, threads: usize) -> Result<(FirstStep, f64)
 ///
 /// # Errors
 /// A child process that fails.
-pub fn startup(record: &mut Record, list: &[Named], threads: usize, effort: &Effort) -> Result<()> {
+pub fn startup(record: &mut Record, list: &[Named], flags: &[String], effort: &Effort) -> Result<()> {
     let mut table = Table::new("from the start of the process to the end of the first training step, medians");
     for named in list {
         eprintln!("{}: starting", named.name);
         let batch = named.config.train.batch_size;
-        let runs: Vec<_> = (0..effort.blocks.max(1)).map(|_| spawn(named, batch, threads)).collect::<Result<_>>()?;
+        let runs: Vec<_> = (0..effort.blocks.max(1)).map(|_| spawn(named, batch, flags)).collect::<Result<_>>()?;
         // The child's life holds a second step, which is taken off again.
         let total: Vec<f64> = runs.iter().map(|(r, s)| s - r.second_s).collect();
         let of = |f: fn(&FirstStep) -> f64| median(&runs.iter().map(|(r, _)| f(r)).collect::<Vec<_>>());
@@ -103,12 +101,12 @@ pub fn startup(record: &mut Record, list: &[Named], threads: usize, effort: &Eff
 ///
 /// # Errors
 /// A child process that fails.
-pub fn memory(record: &mut Record, list: &[Named], threads: usize) -> Result<()> {
+pub fn memory(record: &mut Record, list: &[Named], flags: &[String]) -> Result<()> {
     let mut table = Table::new("memory of training: planned before step 1, and the most the process held");
     for named in list {
         eprintln!("{}: two steps", named.name);
         let batch = named.config.train.batch_size;
-        let (r, _) = spawn(named, batch, threads)?;
+        let (r, _) = spawn(named, batch, flags)?;
         let mb = |bytes: u64| bytes as f64 / 1e6;
         let used = r.peak.zip(r.before).map(|(peak, before)| mb(peak.saturating_sub(before)));
         table.row(vec![

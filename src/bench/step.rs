@@ -3,7 +3,7 @@
 use super::ceilings::Ceilings;
 use super::configs::Named;
 use super::record::{Record, Row, Table, timing_cells};
-use super::run::{TrainingStep, describe};
+use super::run::{Open, TrainingStep, describe};
 use super::timing::{Effort, measure};
 use crate::error::{Error, Result};
 use crate::graph::Graph;
@@ -15,13 +15,13 @@ use std::time::Instant;
 ///
 /// # Errors
 /// Memory that cannot be had; [`Error::NonFinite`] when the step computes no finite loss, for then its time means nothing.
-pub fn step(record: &mut Record, list: &[Named], threads: usize, effort: &Effort, ceilings: &Ceilings) -> Result<()> {
+pub fn step(record: &mut Record, list: &[Named], open: Open, effort: &Effort, ceilings: &Ceilings) -> Result<()> {
     let mut summary =
         Table::new("training step: choice of t, noising, U-Net, hybrid loss, backward, AdamW, moving average");
     let mut by_op = Vec::new();
     for Named { name, config } in list {
         eprintln!("{name}: {}, batch {}", describe(config), config.train.batch_size);
-        let mut run = TrainingStep::new(config, threads)?;
+        let mut run = TrainingStep::new(config, open)?;
         let timing = measure(effort, || run.run())?;
         let loss = run.loss()?;
         if !loss.is_finite() {

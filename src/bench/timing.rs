@@ -44,11 +44,51 @@ pub struct Timing {
     pub busy: bool,
 }
 
-/// One block: seconds per call and the foreign load meanwhile.
-#[derive(Clone, Copy, Debug)]
-struct Block {
-    seconds: f64,
-    foreign: Option<f64>,
+/// One block of calls.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Block {
+    /// Seconds per call.
+    pub seconds: f64,
+    /// Calls made.
+    pub calls: usize,
+    /// Share of the cores that others used meanwhile; None where the system does not tell.
+    pub foreign: Option<f64>,
+}
+
+impl Block {
+    /// Whether others left the machine alone.
+    pub fn quiet(&self) -> bool {
+        self.foreign.is_none_or(|f| f <= QUIET)
+    }
+
+    /// Calls `f` as often as given and takes the time.
+    ///
+    /// # Errors
+    /// Those of `f`.
+    pub fn take(calls: usize, mut f: impl FnMut() -> Result<()>) -> Result<Self> {
+        let (before, start) = (Load::now(), Instant::now());
+        for _ in 0..calls {
+            f()?;
+        }
+        let seconds = start.elapsed().as_secs_f64() / calls as f64;
+        Ok(Block { seconds, calls, foreign: before.foreign(&Load::now()) })
+    }
+}
+
+/// Calls `f` once or twice, not counted, and returns how many calls fill `block_s` seconds.
+///
+/// # Errors
+/// Those of `f`.
+pub fn calls_per_block(block_s: f64, mut f: impl FnMut() -> Result<()>) -> Result<usize> {
+    let mut once = || {
+        let start = Instant::now();
+        f().map(|()| start.elapsed().as_secs_f64())
+    };
+    let first = once()?;
+    if first >= block_s {
+        return Ok(1);
+    }
+    Ok(((block_s / once()?.max(1e-9)).ceil() as usize).max(1))
 }
 
 impl Timing {
@@ -63,8 +103,8 @@ impl Timing {
         Timing { median: self.median / n, min: self.min / n, max: self.max / n, ..*self }
     }
 
-    fn of(blocks: &[Block], calls: usize) -> Self {
-        let quiet: Vec<Block> = blocks.iter().copied().filter(|b| b.foreign.is_none_or(|f| f <= QUIET)).collect();
+    fn of(blocks: &[Block]) -> Self {
+        let quiet: Vec<Block> = blocks.iter().copied().filter(Block::quiet).collect();
         let busy = quiet.len() < FEWEST;
         let used = if busy { blocks } else { &quiet };
         let seconds: Vec<f64> = used.iter().map(|b| b.seconds).collect();
@@ -74,7 +114,7 @@ impl Timing {
             min: seconds.iter().copied().fold(f64::INFINITY, f64::min),
             max: seconds.iter().copied().fold(0.0, f64::max),
             blocks: used.len(),
-            calls,
+            calls: used[0].calls,
             foreign: (!foreign.is_empty()).then(|| median(&foreign)),
             busy,
         }
@@ -91,33 +131,21 @@ pub fn median(x: &[f64]) -> f64 {
     }
 }
 
-/// Times `f` after one call that is not counted.
+/// Times `f` after a call that is not counted.
 ///
 /// Blocks are taken until `effort.blocks` of them were quiet, at most `effort.limit_s` seconds, and at least [`FEWEST`].
 ///
 /// # Errors
 /// Those of `f`.
 pub fn measure(effort: &Effort, mut f: impl FnMut() -> Result<()>) -> Result<Timing> {
-    let begin = Instant::now();
-    f()?;
-    let once = begin.elapsed().as_secs_f64();
-    let (begin, mut calls) = (Instant::now(), 1);
-    if once < effort.block_s {
-        f()?;
-        calls = (effort.block_s / begin.elapsed().as_secs_f64().max(1e-9)).ceil() as usize;
-    }
-    let (mut blocks, mut quiet) = (Vec::new(), 0);
+    let calls = calls_per_block(effort.block_s, &mut f)?;
+    let (begin, mut blocks, mut quiet) = (Instant::now(), Vec::new(), 0);
     while quiet < effort.blocks.max(1) && (blocks.len() < FEWEST || begin.elapsed().as_secs_f64() < effort.limit_s) {
-        let (before, start) = (Load::now(), Instant::now());
-        for _ in 0..calls.max(1) {
-            f()?;
-        }
-        let seconds = start.elapsed().as_secs_f64() / calls.max(1) as f64;
-        let foreign = before.foreign(&Load::now());
-        quiet += usize::from(foreign.is_none_or(|f| f <= QUIET));
-        blocks.push(Block { seconds, foreign });
+        let block = Block::take(calls, &mut f)?;
+        quiet += usize::from(block.quiet());
+        blocks.push(block);
     }
-    Ok(Timing::of(&blocks, calls.max(1)))
+    Ok(Timing::of(&blocks))
 }
 
 #[cfg(test)]
@@ -125,12 +153,12 @@ mod tests {
     use super::*;
 
     fn blocks(of: &[(f64, f64)]) -> Vec<Block> {
-        of.iter().map(|&(seconds, foreign)| Block { seconds, foreign: Some(foreign) }).collect()
+        of.iter().map(|&(seconds, foreign)| Block { seconds, calls: 7, foreign: Some(foreign) }).collect()
     }
 
     #[test]
     fn only_quiet_blocks_count() {
-        let t = Timing::of(&blocks(&[(1.0, 0.0), (9.0, 0.5), (3.0, 0.01), (2.0, 0.02)]), 7);
+        let t = Timing::of(&blocks(&[(1.0, 0.0), (9.0, 0.5), (3.0, 0.01), (2.0, 0.02)]));
         assert_eq!((t.median, t.min, t.max, t.blocks, t.calls, t.busy), (2.0, 1.0, 3.0, 3, 7, false));
         assert_eq!(t.foreign, Some(0.01));
         assert_eq!(t.spread(), 1.0);
@@ -138,7 +166,7 @@ mod tests {
 
     #[test]
     fn too_few_quiet_blocks_make_it_busy() {
-        let t = Timing::of(&blocks(&[(1.0, 0.0), (9.0, 0.5), (3.0, 0.3), (2.0, 0.02)]), 1);
+        let t = Timing::of(&blocks(&[(1.0, 0.0), (9.0, 0.5), (3.0, 0.3), (2.0, 0.02)]));
         assert_eq!((t.median, t.blocks, t.busy), (2.5, 4, true));
     }
 

@@ -1,14 +1,16 @@
 //! `iddpm bench`: measurements, each in [`crate::bench`].
 
-use super::Global;
+use super::{DeviceKind, Global};
 use crate::bench::ceilings::Ceilings;
 use crate::bench::configs::{self, Named};
 use crate::bench::record::Record;
 use crate::bench::timing::Effort;
-use crate::bench::{kernels, sample, startup, step};
+use crate::bench::{kernels, run, sample, serve, startup, step};
 use crate::device::Device;
 use crate::error::{Error, Result};
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
+use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::PathBuf;
 
 /// What to measure.
@@ -40,6 +42,24 @@ pub enum BenchCommand {
     /// Makes a training step, runs it twice and prints what that took: the process that startup and memory watch
     #[command(hide = true)]
     FirstStep(BenchArgs),
+    /// Answers each line of the input with a block of steps: one side of scripts/compare.sh
+    #[command(hide = true)]
+    Serve {
+        #[command(flatten)]
+        bench: BenchArgs,
+        /// Reverse steps of this kind instead of training steps: ancestral, ddim
+        #[arg(long)]
+        sampler: Option<String>,
+    },
+    /// Prints the losses of a short training run: that both sides of scripts/compare.sh learn the same
+    #[command(hide = true)]
+    Curve {
+        #[command(flatten)]
+        bench: BenchArgs,
+        /// Steps to train
+        #[arg(long, default_value_t = 300)]
+        steps: usize,
+    },
 }
 
 /// Flags of every measurement.
@@ -76,6 +96,11 @@ impl BenchArgs {
         configs::named(&list, self.batch_size)
     }
 
+    /// The first configuration asked for.
+    fn one(&self) -> Result<Named> {
+        Ok(self.configs(&SMALL[..1])?.swap_remove(0))
+    }
+
     fn effort(&self) -> Result<Effort> {
         let effort = Effort { block_s: self.block_seconds, blocks: self.blocks, limit_s: self.limit_seconds };
         let usable = |x: f64| x.is_finite() && x >= 0.0;
@@ -97,35 +122,46 @@ const SMALL: [&str; 4] = ["t1", "t2", "t3", "t4"];
 /// Those of the measurement.
 pub fn main(command: &BenchCommand, global: &Global) -> Result<()> {
     let threads = global.threads.unwrap_or(0);
+    let open = || match global.device {
+        DeviceKind::Cpu => Device::cpu(threads),
+    };
     let (name, args) = match command {
         BenchCommand::Step(a) => ("step", a),
         BenchCommand::Kernels(a) => ("kernels", a),
         BenchCommand::Sample { bench, .. } => ("sample", bench),
         BenchCommand::Startup(a) => ("startup", a),
         BenchCommand::Memory(a) => ("memory", a),
-        BenchCommand::FirstStep(a) => return startup::child(&a.configs(&SMALL[..1])?[0], threads),
+        BenchCommand::FirstStep(a) => return startup::child(&a.one()?, &open),
+        BenchCommand::Serve { bench, sampler } => {
+            return serve::serve(&bench.one()?, sampler.as_deref(), &open, bench.effort()?.block_s);
+        }
+        BenchCommand::Curve { bench, steps } => return serve::curve(&bench.one()?, &open, *steps),
     };
     let one = matches!(command, BenchCommand::Kernels(_) | BenchCommand::Sample { .. });
     let (list, effort) = (args.configs(if one { &SMALL[..1] } else { &SMALL })?, args.effort()?);
-    let device = Device::cpu(threads)?;
-    let Device::Cpu(cpu) = &device else { panic!("Device::cpu gives the processor") };
-    let count = cpu.threads();
+    if let Some(path) = &args.json {
+        // Before minutes of measuring, not after.
+        File::options().create(true).append(true).open(path).map_err(Error::io(path, "write"))?;
+    }
+    let device = open()?;
+    let kind = global.device.to_possible_value().map_or_else(String::new, |v| v.get_name().to_string());
+    let mut flags = vec!["--device".to_string(), kind.clone()];
+    flags.extend(global.threads.map(|n| format!("--threads={n}")));
     // Seconds and bytes of a process are compared with nothing that the machine could do at most.
     let whole = matches!(command, BenchCommand::Startup(_) | BenchCommand::Memory(_));
-    let ceilings = if whole { None } else { Some(Ceilings::measure(&device, &effort)?) };
-    let mut record = Record::new(name, "cpu", count, &effort, ceilings.as_ref());
-    record.set(
-        "configurations",
-        list.iter().map(|n| (n.name.clone(), &n.config)).collect::<std::collections::BTreeMap<_, _>>(),
-    );
+    let short = Effort { limit_s: effort.limit_s.min(4.0), ..effort };
+    let ceilings = if whole { None } else { Some(Ceilings::measure(&device, &short)?) };
+    let mut record = Record::new(name, &kind, run::threads(&device), &effort, ceilings.as_ref());
+    let settings: BTreeMap<_, _> = list.iter().map(|n| (n.name.clone(), &n.config)).collect();
+    record.set("configurations", settings);
     match (command, &ceilings) {
-        (BenchCommand::Step(_), Some(c)) => step::step(&mut record, &list, threads, &effort, c)?,
-        (BenchCommand::Kernels(_), Some(c)) => kernels::kernels(&mut record, &list, threads, &effort, c)?,
+        (BenchCommand::Step(_), Some(c)) => step::step(&mut record, &list, &open, &effort, c)?,
+        (BenchCommand::Kernels(_), Some(c)) => kernels::kernels(&mut record, &list, &open, &effort, c)?,
         (BenchCommand::Sample { batches, .. }, Some(c)) => {
-            sample::sample(&mut record, &list, batches, threads, &effort, c)?;
+            sample::sample(&mut record, &list, batches, &open, &effort, c)?;
         }
-        (BenchCommand::Memory(_), _) => startup::memory(&mut record, &list, threads)?,
-        _ => startup::startup(&mut record, &list, threads, &effort)?,
+        (BenchCommand::Memory(_), _) => startup::memory(&mut record, &list, &flags)?,
+        _ => startup::startup(&mut record, &list, &flags, &effort)?,
     }
     args.json.as_ref().map_or(Ok(()), |path| record.save(path))
 }

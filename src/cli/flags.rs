@@ -3,10 +3,9 @@
 //! For a new run they change a preset; for a checkpoint they must agree with what it holds. Names are those of the
 //! reference; [`super::normalise`] lets them be written with dashes or underscores.
 
-use crate::config::{Config, DataConfig, FirstStep, LossType, MeanType, Schedule, TimestepSampler, VarType, preset};
-use crate::data::{DataSpec, Dataset, Labels, Split};
+use crate::config::{Config, FirstStep, LossType, MeanType, Schedule, TimestepSampler, VarType, preset};
 use crate::error::{Error, Result};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// Every `Option<bool>` flag is marked by this value name; [`super::command`] gives them [`boolean`] as parser.
 pub const BOOL: &str = "BOOL";
@@ -50,6 +49,15 @@ pub struct ModelFlags {
     /// Attention heads on the way up; -1 is --num-heads
     #[arg(long, allow_negative_numbers = true, help_heading = "Network")]
     pub num_heads_upsample: Option<i64>,
+    /// Channels of one attention head, in place of --num-heads; -1: not used
+    #[arg(long, allow_negative_numbers = true, help_heading = "Network")]
+    pub num_head_channels: Option<i64>,
+    /// The channels of attention are all of q, all of k, all of v, rather than grouped by head
+    #[arg(long, value_name = BOOL, help_heading = "Network")]
+    pub use_new_attention_order: Option<bool>,
+    /// Residual blocks change the size of the image, rather than single layers
+    #[arg(long, value_name = BOOL, help_heading = "Network")]
+    pub resblock_updown: Option<bool>,
     /// Dropout probability
     #[arg(long, help_heading = "Network")]
     pub dropout: Option<f32>,
@@ -92,8 +100,8 @@ pub struct ModelFlags {
     /// Accepted for the reference's command lines; the CPU computes in f32
     #[arg(long, value_name = BOOL, hide = true)]
     pub use_fp16: Option<bool>,
-    /// Accepted for the reference's command lines; memory is planned instead
-    #[arg(long, value_name = BOOL, hide = true)]
+    /// Compute residual blocks anew in the backward pass: less memory, more work, the same bits
+    #[arg(long, value_name = BOOL, help_heading = "Network")]
     pub use_checkpoint: Option<bool>,
 }
 
@@ -145,97 +153,6 @@ pub struct TrainFlags {
     pub fp16_scale_growth: Option<f64>,
 }
 
-/// Which images to load.
-#[derive(clap::Args, Clone, Debug, Default)]
-pub struct DataFlags {
-    /// Folder of images, MNIST's idx files, CIFAR's .bin files, a .tar(.gz), an .npz, or `digits` (built in)
-    #[arg(long, value_name = "PATH", help_heading = "Data")]
-    pub data_dir: Option<PathBuf>,
-    /// Where labels come from: auto, none, prefix (of the file name up to _) or folder
-    #[arg(long, value_name = "SOURCE", value_parser = choice::<Labels>, help_heading = "Data")]
-    pub labels_from: Option<Labels>,
-    /// Part of a set that has parts: train, test or all
-    #[arg(long, value_parser = choice::<Split>, help_heading = "Data")]
-    pub split: Option<Split>,
-    /// Use at most this many images, evenly spaced over the set
-    #[arg(long, value_name = "N", help_heading = "Data")]
-    pub limit: Option<usize>,
-}
-
-impl DataFlags {
-    /// The set that the flags name; what they leave open is as `recorded`, or else the default.
-    ///
-    /// # Errors
-    /// [`Error::Config`] when the record is damaged.
-    pub fn spec(&self, recorded: &DataConfig, threads: Option<usize>) -> Result<DataSpec> {
-        let source = if recorded.source.is_empty() { "digits" } else { &recorded.source };
-        let same = self.data_dir.as_deref().is_none_or(|p| p == Path::new(source));
-        let mut spec = DataSpec::new(self.data_dir.clone().unwrap_or_else(|| source.into()));
-        if same && !recorded.labels.is_empty() {
-            let bad = |what| Error::Config(format!("damaged record of the training data: {what}"));
-            spec.labels = choice(&recorded.labels).map_err(bad)?;
-            spec.split = choice(&recorded.split).map_err(bad)?;
-            spec.limit = recorded.limit;
-        }
-        set(&mut spec.labels, &self.labels_from);
-        set(&mut spec.split, &self.split);
-        spec.limit = self.limit.or(spec.limit);
-        spec.threads = threads;
-        Ok(spec)
-    }
-}
-
-/// What a checkpoint records of the set `data`, loaded by `spec`.
-pub fn record_data(spec: &DataSpec, data: &Dataset) -> DataConfig {
-    let spelled = |v: serde_json::Result<serde_json::Value>| {
-        v.ok().and_then(|v| v.as_str().map(String::from)).expect("a choice without fields is a word")
-    };
-    let (mean, std) = channel_moments(&data.pixels, data.c);
-    DataConfig {
-        source: spec.path.to_string_lossy().into_owned(),
-        labels: spelled(serde_json::to_value(spec.labels)),
-        split: spelled(serde_json::to_value(spec.split)),
-        limit: spec.limit,
-        images: data.n,
-        classes: data.classes.clone(),
-        fingerprint: data.fingerprint(),
-        mean,
-        std,
-    }
-}
-
-/// Mean and standard deviation of each channel of `pixels` (.., c), 0 to 255.
-pub fn channel_moments(pixels: &[u8], c: usize) -> (Vec<f64>, Vec<f64>) {
-    let moments = |k: usize| {
-        let mut count = [0u64; 256];
-        pixels.iter().skip(k).step_by(c).for_each(|&b| count[b as usize] += 1);
-        let n = count.iter().sum::<u64>().max(1) as f64;
-        let mean = count.iter().enumerate().map(|(b, &m)| b as f64 * m as f64).sum::<f64>() / n;
-        let square = count.iter().enumerate().map(|(b, &m)| (b as f64 - mean).powi(2) * m as f64).sum::<f64>() / n;
-        (mean, square.sqrt())
-    };
-    (0..c).map(moments).unzip()
-}
-
-/// Mean and deviation of pictures beside those of the training images: a tint or a lack of contrast shows here.
-pub fn brightness(pixels: &[u8], recorded: &DataConfig) -> String {
-    let text = |(mean, std): (&[f64], &[f64])| {
-        let channels = mean.iter().zip(std).map(|(m, s)| format!("{m:.1} ± {s:.1}"));
-        channels.collect::<Vec<_>>().join(", ")
-    };
-    let (mean, std) = channel_moments(pixels, recorded.mean.len().max(1));
-    let data = text((&recorded.mean, &recorded.std));
-    format!("mean ± deviation by channel: {}; of the training images: {data}", text((&mean, &std)))
-}
-
-/// One of the words that `T` is written as.
-///
-/// # Errors
-/// Another word; the text lists them.
-pub fn choice<T: serde::de::DeserializeOwned>(word: &str) -> std::result::Result<T, String> {
-    serde_json::from_value(word.into()).map_err(|e| e.to_string())
-}
-
 impl ModelFlags {
     /// Changes `c` to what the flags say.
     ///
@@ -264,6 +181,11 @@ impl ModelFlags {
             None if tied => m.num_heads_upsample = m.num_heads,
             None => {}
         }
+        if let Some(channels) = self.num_head_channels {
+            m.num_head_channels = usize::try_from(channels).ok();
+        }
+        set(&mut m.use_new_attention_order, &self.use_new_attention_order);
+        set(&mut m.resblock_updown, &self.resblock_updown);
         set(&mut m.dropout, &self.dropout);
         set(&mut m.use_scale_shift_norm, &self.use_scale_shift_norm);
         set(&mut m.conv_resample, &self.conv_resample);
@@ -272,6 +194,7 @@ impl ModelFlags {
             Some(false) => m.num_classes = None,
             None => {}
         }
+        set(&mut c.train.recompute, &self.use_checkpoint);
         self.apply_diffusion(c);
         c.model.out_channels = c.model.in_channels * if c.diffusion.learns_variance() { 2 } else { 1 };
         Ok(())
@@ -309,9 +232,6 @@ impl ModelFlags {
         if self.use_fp16 == Some(true) {
             eprintln!("note: --use-fp16 has no effect: the CPU computes in f32");
         }
-        if self.use_checkpoint == Some(true) {
-            eprintln!("note: --use-checkpoint has no effect: lower --microbatch to save memory");
-        }
     }
 }
 
@@ -341,7 +261,8 @@ impl TrainFlags {
     }
 }
 
-fn set<T: Clone>(field: &mut T, flag: &Option<T>) {
+/// Overwrites `field` where the flag was given.
+pub fn set<T: Clone>(field: &mut T, flag: &Option<T>) {
     if let Some(value) = flag {
         field.clone_from(value);
     }

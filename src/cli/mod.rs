@@ -5,9 +5,15 @@
 mod bench;
 pub mod data;
 pub mod doctor;
+mod export;
 mod flags;
+mod frames;
+mod images;
+mod import;
+mod import_check;
 mod nll;
 mod plan;
+mod plot;
 mod progress;
 mod sample;
 mod train;
@@ -66,7 +72,8 @@ enum Command {
     Train(Box<train::TrainArgs>),
     /// Make pictures with a trained model
     #[command(after_help = "Examples:\n  iddpm sample\n  iddpm sample --model-path runs/cifar --use-ddim \
-        --timestep-respacing 50 --num-samples 16\n  iddpm sample --model-path runs/cond --labels 3,5")]
+        --timestep-respacing 50 --num-samples 16\n  iddpm sample --model-path runs/cond --labels 3,5\n  iddpm sample \
+        --strip strip.png --animation walk.gif --frame-of xt")]
     Sample(Box<sample::SampleArgs>),
     /// Measure bits/dim by the variational bound
     #[command(after_help = "Examples:\n  iddpm nll --num-samples 50\n  iddpm nll --model-path runs/cifar --data-dir \
@@ -75,9 +82,22 @@ enum Command {
     /// Print the recorded steps of training: shapes, bytes, FLOPs, places in memory
     #[command(after_help = "Example:\n  iddpm plan --preset cifar10 --batch-size 16")]
     Plan(Box<plan::PlanArgs>),
+    /// Draw charts of schedules, training and bits/dim
+    #[command(subcommand)]
+    Plot(plot::PlotCommand),
     /// Look at a set of images before training on it
     #[command(subcommand)]
     Data(DataCommand),
+    /// Bring in a model of improved-diffusion, guided-diffusion or diffusers
+    #[command(after_help = "Examples:\n  iddpm import cifar10_uncond_50M_500K.pt --preset cifar10\n  iddpm import \
+        model500000.pt ema_0.9999_500000.pt opt500000.pt --preset cifar10 --to runs/cifar/checkpoint-00500000.safetensors\n  \
+        iddpm import ema_0.9999_200000.pt --image_size 64 --num_heads 4 --diffusion_steps 4000 --noise_schedule \
+        cosine --rescale_timesteps True")]
+    Import(Box<import::ImportArgs>),
+    /// Take a model out: a .pt or .safetensors state dict, or a diffusers folder
+    #[command(after_help = "Examples:\n  iddpm export runs/cifar --to cifar.pt\n  iddpm export runs/cifar --to \
+        cifar-diffusers")]
+    Export(Box<export::ExportArgs>),
     /// Measure speed
     #[command(subcommand)]
     Bench(bench::BenchCommand),
@@ -89,7 +109,7 @@ enum DataCommand {
     #[command(after_help = "Example:\n  iddpm data inspect --data-dir photos --image-size 64")]
     Inspect {
         #[command(flatten)]
-        data: flags::DataFlags,
+        data: images::DataFlags,
         /// Side in pixels after resizing [default: as they are]
         #[arg(long)]
         image_size: Option<usize>,
@@ -129,6 +149,9 @@ fn run(cli: Cli) -> Result<()> {
         Command::Sample(a) => sample::main(&a, g),
         Command::Nll(a) => nll::main(&a, g),
         Command::Plan(a) => plan::main(&a, g),
+        Command::Import(a) => import::main(&a, g),
+        Command::Export(a) => export::main(&a, g),
+        Command::Plot(c) => plot::main(&c, g),
         Command::Bench(c) => bench::main(&c, g),
         Command::Data(DataCommand::Inspect { data, image_size, channels }) => {
             let mut spec = data.spec(&Default::default(), g.threads)?;
@@ -167,7 +190,7 @@ pub(crate) fn open_model(path: &Path, rate: Option<f64>, threads: Option<usize>)
     let checkpoint = Checkpoint::open(&checkpoint::find(path)?)?;
     let (train, step) = (&checkpoint.progress.config.train, checkpoint.progress.step);
     let params = Params::new(&checkpoint.progress.config.model);
-    let rate = rate.unwrap_or(train.ema_rates[0]);
+    let rate = rate.unwrap_or(if checkpoint.has_averages() { train.ema_rates[0] } else { 0.0 });
     let (flat, weights) = if rate == 0.0 {
         (checkpoint.weights(&slots(&params), params.len)?, "live weights".to_string())
     } else {

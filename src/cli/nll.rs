@@ -1,6 +1,7 @@
 //! `iddpm nll`: bits/dim of images under a checkpoint, by the variational bound.
 
-use super::flags::{self, BOOL, DataFlags, ModelFlags};
+use super::flags::{self, BOOL, ModelFlags};
+use super::images::DataFlags;
 use super::progress::Progress;
 use super::{Global, create_folder, open_model};
 use crate::data;

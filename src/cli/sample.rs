@@ -1,6 +1,8 @@
 //! `iddpm sample`: pictures from a checkpoint, as a grid, as files and as `.npz`.
 
 use super::flags::{self, BOOL, ModelFlags};
+use super::frames::FrameFlags;
+use super::images;
 use super::progress::Progress;
 use super::{Global, create_folder, open_model};
 use crate::config::{Config, DataConfig};
@@ -51,6 +53,8 @@ pub struct SampleArgs {
     #[arg(long, value_name = BOOL)]
     files: Option<bool>,
     #[command(flatten)]
+    frames: FrameFlags,
+    #[command(flatten)]
     model: ModelFlags,
 }
 
@@ -74,6 +78,8 @@ pub fn main(a: &SampleArgs, g: &Global) -> Result<()> {
     let batch = a.batch_size.min(a.num_samples) as usize;
     let settings = SampleSettings { reverse: a.reverse()?, clip: a.clip_denoised.unwrap_or(true), batch };
     let sampler = Sampler::new(&mut model.device, &config.model, &process, &model.params, &settings)?;
+    let size = [config.model.image_size, config.model.image_size, config.model.in_channels];
+    let mut trajectory = a.frames.trajectory(size, a.num_samples as usize, sampler.steps())?;
     let out = g.out.clone().unwrap_or_else(|| path.with_file_name("samples"));
     create_folder(&out)?;
     println!("model     {} (step {}, {})", path.display(), model.checkpoint.progress.step, model.weights);
@@ -85,11 +91,12 @@ pub fn main(a: &SampleArgs, g: &Global) -> Result<()> {
     let pictures = Pictures { seeds: &seeds, labels: labels.as_deref() };
     let x = sampler.run(&mut model.device, pictures, &mut |walk| {
         progress.at(walk.done, walk.total);
-        Ok(())
+        trajectory.take(walk)
     })?;
     let seconds = progress.finish();
     println!("time      {seconds:.1} s, {:.2} pictures/s", a.num_samples as f64 / seconds);
-    a.write(&out, &x, &config, labels.as_deref())
+    a.write(&out, &x, &config, labels.as_deref())?;
+    trajectory.write()
 }
 
 impl SampleArgs {
@@ -137,7 +144,7 @@ impl SampleArgs {
         let (pixels, classes) = (Array::images([n, h, w, c], bytes.clone()), labels.map(Array::labels));
         let arrays: Vec<_> = [("arr_0", &pixels)].into_iter().chain(classes.as_ref().map(|l| ("arr_1", l))).collect();
         npz::write(&npz, &arrays)?;
-        println!("colour    {}", flags::brightness(&bytes, &config.data));
+        println!("colour    {}", images::brightness(&bytes, &config.data));
         println!("written   {}", npz.display());
         if c == 1 || c == 3 {
             let shown = &bytes[..n.min(GRID) * h * w * c];

@@ -1,6 +1,7 @@
 //! `iddpm train`: from flags, a preset or a checkpoint to a run.
 
-use super::flags::{self, DataFlags, ModelFlags, TrainFlags};
+use super::flags::{self, ModelFlags, TrainFlags};
+use super::images::{self, DataFlags};
 use super::{Global, create_folder};
 use crate::checkpoint::{self, Checkpoint};
 use crate::config::preset::preset;
@@ -33,10 +34,10 @@ pub struct TrainArgs {
     data: DataFlags,
     /// Go on from a checkpoint: a file, a run's folder, or alone the newest one in --out
     #[arg(long, value_name = "PATH", num_args = 0..=1, default_missing_value = "", help_heading = "Run")]
-    resume: Option<PathBuf>,
+    resume: Option<String>,
     /// The same under the reference's name; empty is a new run
     #[arg(long, value_name = "PATH", hide = true)]
-    resume_checkpoint: Option<PathBuf>,
+    resume_checkpoint: Option<String>,
     /// Stop after this many minutes, saved
     #[arg(long, help_heading = "Run")]
     minutes: Option<f64>,
@@ -52,6 +53,9 @@ pub struct TrainArgs {
     /// Checkpoints kept
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..), help_heading = "Run")]
     keep: u16,
+    /// Write event files for TensorBoard beside log.jsonl
+    #[arg(long, help_heading = "Run")]
+    tensorboard: bool,
 }
 
 /// Where a run starts.
@@ -71,7 +75,7 @@ pub fn main(a: &TrainArgs, g: &Global) -> Result<()> {
         Some(place) => a.resumed(&place, g)?,
         None => a.fresh(g)?,
     };
-    let (config, data) = a.with_data(start.config, g)?;
+    let (config, data) = a.with_data(start.config, start.checkpoint.is_none(), g)?;
     let mut trainer = Trainer::new(config, Device::cpu(g.threads.unwrap_or(0))?, &data, true)?;
     drop(data);
     if let Some(checkpoint) = &start.checkpoint {
@@ -90,7 +94,7 @@ pub fn main(a: &TrainArgs, g: &Global) -> Result<()> {
 impl TrainArgs {
     /// The place of the checkpoint to go on from, if one was asked for.
     fn resume_from(&self, g: &Global) -> Option<PathBuf> {
-        let given = |p: &Option<PathBuf>| p.clone().filter(|p| !p.as_os_str().is_empty());
+        let given = |p: &Option<String>| p.as_ref().filter(|p| !p.is_empty()).map(PathBuf::from);
         let alone = || self.resume.as_ref().map(|_| self.folder(g));
         given(&self.resume).or_else(|| given(&self.resume_checkpoint)).or_else(alone)
     }
@@ -142,13 +146,16 @@ impl TrainArgs {
         self.model.apply(&mut asked)?;
         flags::agree(&path, &config, &asked, &["steps"])?;
         config.train.steps = self.train.steps.unwrap_or(config.train.steps);
+        config.train.recompute = asked.train.recompute;
         let out = g.out.clone().or_else(|| path.parent().map(Path::to_path_buf)).unwrap_or_default();
         Ok(Start { config, out, checkpoint: Some(checkpoint) })
     }
 
-    /// Loads the images and fills in what depends on them: channels, classes, the record.
-    fn with_data(&self, mut config: Config, g: &Global) -> Result<(Config, Dataset)> {
-        let new = config.data.source.is_empty();
+    /// Loads the images and fills in what depends on them: the record; for a new run also channels and classes.
+    fn with_data(&self, mut config: Config, new: bool, g: &Global) -> Result<(Config, Dataset)> {
+        if !new && config.data.source.is_empty() && self.data.data_dir.is_none() {
+            return Err(Error::Config("an imported model knows no images to go on with: give --data-dir".into()));
+        }
         let mut spec = self.data.spec(&config.data, g.threads)?;
         spec.image_size = Some(config.model.image_size);
         spec.channels = if new { self.model.channels } else { Some(config.model.in_channels) };
@@ -161,7 +168,7 @@ impl TrainArgs {
             config.model.out_channels = data.c * if config.diffusion.learns_variance() { 2 } else { 1 };
             config.model.num_classes = config.model.num_classes.map(|_| data.classes.len());
         }
-        config.data = flags::record_data(&spec, &data);
+        config.data = images::record_data(&spec, &data);
         check_data(&config, &data)?;
         Ok((config, data))
     }
@@ -174,6 +181,7 @@ impl TrainArgs {
             save_interval,
             sample_interval: self.sample_interval.unwrap_or(save_interval),
             keep: self.keep.into(),
+            tensorboard: self.tensorboard,
             time_limit: self.minutes.map(|m| Duration::from_secs_f64(60.0 * m)),
         }
     }
@@ -215,7 +223,7 @@ impl Preview {
             path.display(),
             sampler.steps(),
             log::duration(began.elapsed().as_secs_f64()),
-            flags::brightness(&bytes, &c.data)
+            images::brightness(&bytes, &c.data)
         ))
     }
 }

@@ -1,6 +1,6 @@
 //! What must hold between the values of a configuration, said with both values and the way out.
 
-use super::{Config, DiffusionConfig, ModelConfig, TrainConfig};
+use super::{Config, DiffusionConfig, ModelConfig, Schedule, TrainConfig};
 use crate::error::{Error, Result};
 
 fn check(holds: bool, what: impl FnOnce() -> String) -> Result<()> {
@@ -92,6 +92,13 @@ impl ModelConfig {
         let at = levels.iter().enumerate().filter(|(_, l)| self.attention_resolutions.contains(l)).map(|(i, _)| i);
         for level in at.chain([last]) {
             let c = self.channel_mult[level] * self.model_channels;
+            if let Some(width) = self.num_head_channels {
+                within("num-head-channels", width, 1, 8192)?;
+                check(c % width == 0, || {
+                    format!("--num-head-channels {width} does not divide the {c} channels of level {level}")
+                })?;
+                continue;
+            }
             for (flag, heads) in [("num-heads", self.num_heads), ("num-heads-upsample", self.num_heads_upsample)] {
                 check(c % heads == 0, || {
                     format!("--{flag} {heads} does not divide the {c} channels of level {level}: use a divisor of {c}")
@@ -108,7 +115,12 @@ impl DiffusionConfig {
     /// # Errors
     /// [`Error::Config`] naming the flag and the values.
     pub fn validate(&self) -> Result<()> {
-        within("diffusion-steps", self.diffusion_steps, 2, 1_000_000)
+        within("diffusion-steps", self.diffusion_steps, 2, 1_000_000)?;
+        // beta ends at 0.02·1000/T, which must stay below 1.
+        check(self.noise_schedule != Schedule::Linear || self.diffusion_steps > 20, || {
+            let t = self.diffusion_steps;
+            format!("--diffusion-steps {t}: the linear schedule needs at least 21; use --noise-schedule cosine")
+        })
     }
 }
 
@@ -167,6 +179,7 @@ mod tests {
             (message(|c| c.model.num_heads = 7), vec!["--num-heads 7", "384"]),
             (message(|c| c.model.attention_resolutions = vec![16]), vec!["4", "64, 32, 16, 8"]),
             (message(|c| c.diffusion.diffusion_steps = 1), vec!["--diffusion-steps 1"]),
+            (message(|c| c.diffusion.diffusion_steps = 20), vec!["--diffusion-steps 20", "21", "cosine"]),
             (message(|c| c.model.out_channels = 6), vec!["6", "3", "--learn-sigma"]),
             (message(|c| c.train.lr = f64::NAN), vec!["--lr NaN"]),
             (message(|c| c.train.lr_anneal_steps = 10), vec!["500000", "10"]),

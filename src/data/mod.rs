@@ -9,7 +9,7 @@ mod builtin;
 mod cifar;
 pub mod decode;
 mod folder;
-mod idx;
+pub mod idx;
 mod load;
 mod names;
 mod npz;

@@ -85,7 +85,8 @@ impl ConvShape {
         assert!(self.k == 1 || self.k == 3, "conv2d: kernel size {} is neither 1 nor 3", self.k);
         assert!(self.stride == 1 || self.stride == 2, "conv2d: stride {} is neither 1 nor 2", self.stride);
         assert!(!self.upsample || (self.k == 3 && self.stride == 1), "conv2d: upsampling needs a 3x3 of stride 1");
-        assert!(self.h > 0 && self.w > 0 && self.ca > 0 && self.oc > 0, "conv2d: a size is 0 in {self:?}");
+        let sizes = [self.n, self.h, self.w, self.ca, self.oc];
+        assert!(sizes.iter().all(|&size| size > 0), "conv2d: a size is 0 in {self:?}");
     }
 
     /// Pixel of the input under tap (`kh`, `kw`) of output pixel (`oy`, `ox`) of image `n`; none in the padding.
@@ -431,13 +432,13 @@ impl Operation for Conv2dBackwardWeight {
         Cost::of(self, g, self.shape.flops())
     }
     fn scratch(&self, _g: &Graph) -> usize {
-        fast::conv2d_weight::backward_weight_scratch(&self.shape)
+        fast::conv2d::backward_weight_scratch(&self.shape)
     }
     fn run_cpu(&self, m: &Views) {
         let (db, dshift) = (self.db.map(|v| m.f32_mut(v)), self.dshift.map(|(v, col)| m.rows_mut(v, col)));
         let (dy, x) = (m.f32(self.dy), m.cat(self.x));
         let dw = m.f32_mut(self.dw);
-        fast::conv2d_weight::backward_weight(m.isa(), dw, db, dshift, dy, x, self.accumulate, &self.shape, m.scratch());
+        fast::conv2d::backward_weight(m.isa(), dw, db, dshift, dy, x, self.accumulate, &self.shape, m.scratch());
     }
     fn prepare_cuda(&self, g: &Graph) -> Result<Vec<u8>> {
         self.types(g).map(|_| Vec::new())

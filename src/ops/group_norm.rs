@@ -90,6 +90,30 @@ impl GroupNormShape {
         assert!(mean.len() == n * groups && rstd.len() == n * groups, "group_norm: lengths of the statistics");
         assert!(gamma.len() == c && beta.len() == c, "group_norm: lengths of gamma or beta");
     }
+
+    /// Panics unless what the backward reads and writes has its length.
+    pub fn check_backward(
+        &self,
+        x: Cat,
+        dx: [&[f32]; 2],
+        add: [Option<&[f32]>; 2],
+        parameters: [&[f32]; 2],
+        dy: &[f32],
+    ) {
+        x.check(self.n * self.s, "group_norm backward");
+        for (i, len) in [x.a.len(), x.b.len()].into_iter().enumerate() {
+            assert_eq!(dx[i].len(), len, "group_norm backward: length of dx of source {i}");
+            assert!(add[i].is_none_or(|add| add.len() == len), "group_norm backward: length of add of source {i}");
+            assert_eq!(parameters[i].len(), self.c(), "group_norm backward: lengths of dgamma and dbeta");
+        }
+        assert_eq!(dy.len(), self.n * self.s * self.c(), "group_norm backward: length of dy");
+    }
+
+    /// dy/du of element `i` of image `n`.
+    fn slope(&self, u: f64, n: usize, i: usize) -> f64 {
+        let silu = if self.silu { sigmoid(u) * (1.0 + u * (1.0 - sigmoid(u))) } else { 1.0 };
+        silu * self.dropout.map_or(1.0, |dropout| f64::from(dropout.factor(n, i)))
+    }
 }
 
 /// u(x) = h·(gamma·(1 + scale)) + (beta·(1 + scale) + shift) of one channel, in f64.
@@ -197,55 +221,38 @@ pub fn backward_cpu(
     s: &GroupNormShape,
 ) {
     s.check(mean, rstd, gamma, beta);
-    x.check(s.n * s.s, "group_norm");
-    assert!(dxa.len() == x.a.len() && dxb.len() == x.b.len(), "group_norm backward: length of dx");
-    assert!(dgamma.len() == s.c() && dbeta.len() == s.c(), "group_norm backward: lengths of dgamma or dbeta");
-    assert_eq!(dy.len(), s.n * s.s * s.c(), "group_norm backward: length of dy");
-    let (c, per_group) = (s.c(), s.group_channels());
+    s.check_backward(x, [dxa, dxb], [add_a, add_b], [dgamma, dbeta], dy);
+    let (c, width) = (s.c(), s.group_channels());
     let mut parameters = vec![[0f64; 2]; c];
-    for n in 0..s.n {
-        for g in 0..s.groups {
-            let (m, r) = (f64::from(mean[n * s.groups + g]), f64::from(rstd[n * s.groups + g]));
-            let channels = g * per_group..(g + 1) * per_group;
-            let h = |p: usize, channel: usize| (f64::from(x.at(n * s.s + p, channel)) - m) * r;
-            let dz = |p: usize, channel: usize, affine: &Affine| {
-                let u = affine.u(h(p, channel));
-                let slope = if s.silu { sigmoid(u) * (1.0 + u * (1.0 - sigmoid(u))) } else { 1.0 };
-                let keep = s.dropout.map_or(1.0, |d| d.factor(n, p * c + channel));
-                f64::from(dy[(n * s.s + p) * c + channel]) * f64::from(keep) * slope
-            };
-            let mut means = [0f64; 2];
-            for channel in channels.clone() {
-                let affine = Affine::of(gamma, beta, scale_shift, n, channel);
-                let (mut sum, mut sum_h) = (0.0, 0.0);
-                for p in 0..s.s {
-                    let dz = dz(p, channel, &affine);
-                    sum += dz;
-                    sum_h += dz * h(p, channel);
-                }
-                let k = affine.gamma * affine.scale1 / (s.s * per_group) as f64;
-                means = [means[0] + k * sum, means[1] + k * sum_h];
-                parameters[channel][0] += affine.scale1 * sum_h;
-                parameters[channel][1] += affine.scale1 * sum;
-                if let Some(rows) = &mut dscale_shift {
-                    let row = rows.row(n, 2 * c);
-                    row[channel] = (affine.gamma * sum_h + affine.beta * sum) as f32;
-                    row[c + channel] = sum as f32;
-                }
+    for (n, g) in (0..s.n).flat_map(|n| (0..s.groups).map(move |g| (n, g))) {
+        let (m, r) = (f64::from(mean[n * s.groups + g]), f64::from(rstd[n * s.groups + g]));
+        let h = |p: usize, channel: usize| (f64::from(x.at(n * s.s + p, channel)) - m) * r;
+        let channels = g * width..(g + 1) * width;
+        let (mut dz, mut means) = (vec![0f64; s.s * c], [0f64; 2]);
+        for channel in channels.clone() {
+            let affine = Affine::of(gamma, beta, scale_shift, n, channel);
+            let (mut sum, mut sum_h) = (0.0, 0.0);
+            for p in 0..s.s {
+                let at = p * c + channel;
+                dz[at] = f64::from(dy[n * s.s * c + at]) * s.slope(affine.u(h(p, channel)), n, at);
+                sum += dz[at];
+                sum_h += dz[at] * h(p, channel);
             }
-            for channel in channels {
-                let affine = Affine::of(gamma, beta, scale_shift, n, channel);
-                for p in 0..s.s {
-                    let dh = dz(p, channel, &affine) * affine.gamma * affine.scale1;
-                    let dx = r * (dh - means[0] - h(p, channel) * means[1]);
-                    let (dst, add, at) = if channel < s.ca {
-                        (&mut *dxa, add_a, (n * s.s + p) * s.ca + channel)
-                    } else {
-                        (&mut *dxb, add_b, (n * s.s + p) * s.cb + channel - s.ca)
-                    };
-                    dst[at] = (dx + f64::from(add.map_or(0.0, |add| add[at]))) as f32;
-                }
+            let k = affine.gamma * affine.scale1 / (s.s * width) as f64;
+            means = [means[0] + k * sum, means[1] + k * sum_h];
+            parameters[channel][0] += affine.scale1 * sum_h;
+            parameters[channel][1] += affine.scale1 * sum;
+            if let Some(rows) = &mut dscale_shift {
+                let row = rows.row(n, 2 * c);
+                (row[channel], row[c + channel]) = ((affine.gamma * sum_h + affine.beta * sum) as f32, sum as f32);
             }
+        }
+        for (p, channel) in (0..s.s).flat_map(|p| channels.clone().map(move |channel| (p, channel))) {
+            let affine = Affine::of(gamma, beta, scale_shift, n, channel);
+            let dx = r * (dz[p * c + channel] * affine.gamma * affine.scale1 - means[0] - h(p, channel) * means[1]);
+            let (source, at) = x.place(n * s.s + p, channel);
+            let add = [add_a, add_b][source].map_or(0.0, |add| add[at]);
+            [&mut *dxa, &mut *dxb][source][at] = (dx + f64::from(add)) as f32;
         }
     }
     let kept = |old: f32| if accumulate { f64::from(old) } else { 0.0 };

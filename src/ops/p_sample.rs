@@ -45,6 +45,8 @@ pub struct PSample {
     pub out: Val,
     /// Seed of each image.
     pub seeds: Val,
+    /// Noise that the host gives in place of the drawn, f32.
+    pub noise: Option<Val>,
     /// Holds t.
     pub control: Val,
     /// Kind of step.
@@ -144,13 +146,13 @@ impl Operation for PSample {
         [self.x].into_iter().chain(self.copy).chain(self.x_0).collect()
     }
     fn inputs(&self) -> Vec<Val> {
-        vec![self.out, self.seeds, self.control]
+        [self.out, self.seeds, self.control].into_iter().chain(self.noise).collect()
     }
     fn cost(&self, g: &Graph) -> Cost {
         let bytes = |v: Val| g[v].bytes() as f64;
         Cost {
             flops: 12.0 * g.shape(self.x).len() as f64,
-            read: bytes(self.x) + bytes(self.out) + bytes(self.seeds),
+            read: bytes(self.x) + bytes(self.out) + bytes(self.seeds) + self.noise.map_or(0.0, bytes),
             written: self.outputs().into_iter().map(bytes).sum(),
         }
     }
@@ -161,7 +163,7 @@ impl Operation for PSample {
         let s = m.graph().shape(self.x);
         let (size, out_size) = (s.len() / s.n, m.graph().shape(self.out).len() / s.n);
         let (out, seeds, control) = (m.f32(self.out), m.get::<i32>(self.seeds), m.control(self.control));
-        let c = self.process.at(control.t as usize);
+        let (c, given) = (self.process.at(control.t as usize), self.noise.map(|v| m.f32(v)));
         let clip = diffusion::clip(self.clip);
         let (scratch, unseen) = m.scratch().split_at_mut(2 * s.len());
         let all_x_0 = self.x_0.map_or(unseen, |v| m.f32_mut(v));
@@ -171,7 +173,9 @@ impl Operation for PSample {
             let (x_t, noise) = scratch.split_at_mut(size);
             x_t.copy_from_slice(x);
             let out = &out[n * out_size..][..out_size];
-            if self.draws() {
+            if let Some(given) = given {
+                noise.copy_from_slice(&given[n * size..][..size]);
+            } else if self.draws() {
                 rng::fill_normal(noise, seed_of(seeds, n), 0, control.t, rng::op::P_SAMPLE);
             } else {
                 noise.fill(0.0);
@@ -200,6 +204,7 @@ impl Operation for PSample {
             m.optional(self.x_0),
             m.ptr(self.out),
             m.ptr(self.seeds),
+            m.optional(self.noise),
             m.ptr(self.control),
             m.memory,
             Arg::Struct(bytemuck::bytes_of(&reverse)),

@@ -26,9 +26,15 @@ impl<'a> Cat<'a> {
         self.ca + self.cb
     }
 
+    /// Where channel `c` of pixel `pixel` is: source 0 or 1, and index in it.
+    pub fn place(&self, pixel: usize, c: usize) -> (usize, usize) {
+        if c < self.ca { (0, pixel * self.ca + c) } else { (1, pixel * self.cb + c - self.ca) }
+    }
+
     /// Channel `c` of pixel `pixel`.
     pub fn at(&self, pixel: usize, c: usize) -> f32 {
-        if c < self.ca { self.a[pixel * self.ca + c] } else { self.b[pixel * self.cb + c - self.ca] }
+        let (source, at) = self.place(pixel, c);
+        [self.a, self.b][source][at]
     }
 
     /// Panics, in the name of `op`, unless both sources hold exactly `pixels` pixels.

@@ -5,6 +5,7 @@
 //! of the bound is given times T, so that it reads as an estimate of the whole bound in bits/dim.
 
 use crate::error::{Error, Result};
+use crate::tensorboard::Events;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value, json};
 use std::fs::{File, OpenOptions};
@@ -72,19 +73,16 @@ pub struct Line {
 }
 
 impl Line {
-    /// The line as JSON, keys in a fixed order.
+    /// The line as JSON.
     pub fn json(&self) -> String {
-        let mut fields = Map::new();
-        fields.insert("step".into(), json!(self.step));
-        fields.insert("images".into(), json!(self.images));
-        let mut terms = |quarter: Option<usize>, suffix: &str| {
-            let Some(mean) = self.meter.mean(quarter) else { return };
-            fields.insert(format!("loss{suffix}"), json!(mean.loss));
-            fields.insert(format!("mse{suffix}"), json!(mean.mse));
-            fields.insert(format!("vb_bpd{suffix}"), json!(mean.vb * self.diffusion_steps as f64));
-        };
-        terms(None, "");
-        (0..4).for_each(|q| terms(Some(q), &format!("_q{q}")));
+        let mut fields = vec![("step".to_string(), json!(self.step)), ("images".into(), json!(self.images))];
+        for quarter in [None, Some(0), Some(1), Some(2), Some(3)] {
+            let Some(mean) = self.meter.mean(quarter) else { continue };
+            let suffix = quarter.map_or(String::new(), |q| format!("_q{q}"));
+            fields.push((format!("loss{suffix}"), json!(mean.loss)));
+            fields.push((format!("mse{suffix}"), json!(mean.mse)));
+            fields.push((format!("vb_bpd{suffix}"), json!(mean.vb * self.diffusion_steps as f64)));
+        }
         let rest = [
             ("grad_norm", self.grad_norm),
             ("param_norm", self.param_norm),
@@ -93,7 +91,8 @@ impl Line {
             ("eta_s", self.eta_s),
         ];
         fields.extend(rest.map(|(name, x)| (name.to_string(), json!(x))));
-        Value::Object(fields).to_string()
+        let fields: Vec<String> = fields.iter().map(|(name, x)| format!("\"{name}\":{x}")).collect();
+        format!("{{{}}}", fields.join(","))
     }
 
     /// The line for people.
@@ -114,6 +113,7 @@ pub struct Log {
     bar: Option<ProgressBar>,
     steps: u64,
     printed: Option<Instant>,
+    events: Option<Events>,
 }
 
 impl Log {
@@ -143,7 +143,24 @@ impl Log {
             bar.enable_steady_tick(Duration::from_millis(500));
             bar
         });
-        Ok(Log { file, path, bar, steps, printed: None })
+        Ok(Log { file, path, bar, steps, printed: None, events: None })
+    }
+
+    /// Writes everything for TensorBoard too, into a file of its own in `folder`, for a run that has done `done` steps.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when it cannot be written.
+    pub fn tensorboard(&mut self, folder: &Path, done: u64) -> Result<()> {
+        self.events = Some(Events::create(folder, done)?);
+        Ok(())
+    }
+
+    /// Shows the grid of samples at `path` to TensorBoard.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the disk refuses.
+    pub fn samples(&mut self, step: u64, path: &Path) -> Result<()> {
+        self.events.as_mut().map_or(Ok(()), |events| events.png(step, "samples", path))
     }
 
     /// Moves the bar.
@@ -156,7 +173,12 @@ impl Log {
     /// # Errors
     /// [`Error::Io`] when the disk refuses.
     pub fn line(&mut self, line: &Line) -> Result<()> {
-        writeln!(self.file, "{}", line.json()).map_err(Error::io(&self.path, "write"))?;
+        let json = line.json();
+        writeln!(self.file, "{json}").map_err(Error::io(&self.path, "write"))?;
+        if let Some(events) = &mut self.events {
+            let tags = tags(&json);
+            events.scalars(line.step, tags.iter().map(|(tag, x)| (tag.as_str(), *x)))?;
+        }
         let eta = duration(line.eta_s);
         if let Some(bar) = &self.bar {
             bar.set_message(format!("{}  ETA {eta}", line.text()));
@@ -179,6 +201,18 @@ impl Log {
     pub fn finish(&self) {
         self.bar.iter().for_each(|b| b.finish_and_clear());
     }
+}
+
+/// The numbers of a line as TensorBoard groups them: `train/loss`, `quarters/loss_q0`; neither the step nor the time left.
+fn tags(json: &str) -> Vec<(String, f64)> {
+    let fields = serde_json::from_str::<Map<String, Value>>(json).unwrap_or_default();
+    let tag = |(name, x): (&String, &Value)| {
+        let quarter = (0..4).any(|q| name.ends_with(&format!("_q{q}")));
+        let group = if quarter { "quarters" } else { "train" };
+        let told = !["step", "eta_s"].contains(&name.as_str());
+        told.then(|| Some((format!("{group}/{name}"), x.as_f64()?))).flatten()
+    };
+    fields.iter().filter_map(tag).collect()
 }
 
 /// `3h05m`, `4m10s`, `12s`.

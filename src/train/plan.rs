@@ -120,15 +120,20 @@ impl Recorder<'_> {
         let noise = Noise::Drawn;
         let x_t = QSample::record(g, images.clone(), t, noise, self.process.clone());
         let start = g.steps.len();
-        let dropout = DropoutRun { p: self.config.model.dropout, first_image, control };
-        let out = unet::record(g, &self.config.model, &self.params, x_t.into(), time, labels, Some(dropout)).out;
+        let dropout = Some(DropoutRun { p: self.config.model.dropout, first_image, control });
+        let net = unet::record(g, &self.config.model, &self.params, x_t.into(), time, labels, dropout);
+        let out = net.out;
         let end = g.steps.len();
         g.scope("diffusion");
         let d_out = g.arena("d out", g.shape(out));
         let objective = Objective::from_config(&self.config.diffusion);
         let process = self.process.clone();
         g.push(HybridLoss { d_out, terms, out, images, noise, t, weight, objective, process });
-        autograd::backward(g, start..end, out, d_out, &[]);
+        if self.config.train.recompute {
+            unet::backward_with_recompute(g, &self.params, &net, dropout, start..end, d_out);
+        } else {
+            autograd::backward(g, start..end, out, d_out, &[]);
+        }
     }
 
     /// Gradient norm and optimiser step; returns the norm.

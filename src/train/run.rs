@@ -27,6 +27,8 @@ pub struct Options {
     pub keep: usize,
     /// Stop after this time, saved, to be resumed.
     pub time_limit: Option<Duration>,
+    /// Write event files for TensorBoard too.
+    pub tensorboard: bool,
 }
 
 /// Set by Ctrl-C or SIGTERM; the second one kills the process.
@@ -65,6 +67,9 @@ pub fn run(t: &mut Trainer, o: &Options, preview: &mut dyn FnMut(&mut Trainer, &
     let stop = Stop::install()?;
     let steps = t.config.train.steps;
     let mut log = Log::open(&o.out, t.step, steps)?;
+    if o.tensorboard {
+        log.tensorboard(&o.out, t.step)?;
+    }
     let ended = until_end(t, o, &stop, &mut log, preview);
     log.finish();
     let saved = || checkpoint::list(&o.out).pop().map_or("none".into(), |(_, p)| p.display().to_string());
@@ -130,6 +135,9 @@ fn until_end(
             let grid = o.out.join(format!("samples-{:08}.png", t.step));
             let text = preview(t, &grid)?;
             log.say(&text);
+            if grid.exists() {
+                log.samples(t.step, &grid)?;
+            }
         }
         // Saving and sampling are no part of the speed of training.
         since.0 += pause.map_or(Duration::ZERO, |p| p.elapsed());

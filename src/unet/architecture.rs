@@ -1,6 +1,7 @@
 //! The network of a configuration as data: blocks of layers, in the order of the reference's `UNetModel`.
 
 use crate::config::ModelConfig;
+use crate::ops::attention::QkvOrder;
 
 /// One layer of a block.
 #[derive(Clone, Debug, PartialEq)]
@@ -20,6 +21,8 @@ pub enum Layer {
         c: usize,
         /// Heads.
         heads: usize,
+        /// Where each head finds its q, k and v.
+        order: QkvOrder,
     },
     /// Half the size: 3x3 convolution of stride 2, or a 2x2 mean.
     Downsample {
@@ -37,6 +40,18 @@ pub enum Layer {
     },
 }
 
+/// Change of size inside a residual block, before its first convolution and on its skip.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Resample {
+    /// None.
+    #[default]
+    Keep,
+    /// 2x2 mean.
+    Down,
+    /// Nearest neighbour, twice the size.
+    Up,
+}
+
 /// A residual block: norm, SiLU, conv; norm with the time embedding, SiLU, dropout, conv; plus the input.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ResBlock {
@@ -50,6 +65,8 @@ pub struct ResBlock {
     pub scale_shift: bool,
     /// Kernel size of the skip convolution, which is there if `c != oc`.
     pub skip_kernel: usize,
+    /// Change of size.
+    pub resample: Resample,
     /// Its first column among all projections of the time embedding.
     pub column: usize,
     /// Its number among all residual blocks: the dropout layer.
@@ -96,12 +113,17 @@ struct Builder<'a> {
 
 impl Builder<'_> {
     fn res(&mut self, c: usize, oc: usize) -> Layer {
+        self.resampling(c, oc, Resample::Keep)
+    }
+
+    fn resampling(&mut self, c: usize, oc: usize, resample: Resample) -> Layer {
         let block = ResBlock {
             c,
             oc,
             emb: 4 * self.config.model_channels,
             scale_shift: self.config.use_scale_shift_norm,
             skip_kernel: 1,
+            resample,
             column: self.columns,
             number: self.blocks,
         };
@@ -110,8 +132,28 @@ impl Builder<'_> {
         Layer::Res(block)
     }
 
-    fn attention(&self, c: usize, heads: usize, factor: usize) -> Option<Layer> {
-        self.config.attention_resolutions.contains(&factor).then_some(Layer::Attention { c, heads })
+    fn attention(&self, c: usize, heads: usize) -> Layer {
+        let heads = self.config.num_head_channels.map_or(heads, |d| c / d);
+        let order = if self.config.use_new_attention_order { QkvOrder::New } else { QkvOrder::Legacy };
+        Layer::Attention { c, heads, order }
+    }
+
+    fn attention_at(&self, factor: usize, c: usize, heads: usize) -> Option<Layer> {
+        self.config.attention_resolutions.contains(&factor).then(|| self.attention(c, heads))
+    }
+
+    fn downsample(&mut self, c: usize) -> Layer {
+        match self.config.resblock_updown {
+            true => self.resampling(c, c, Resample::Down),
+            false => Layer::Downsample { c, conv: self.config.conv_resample },
+        }
+    }
+
+    fn upsample(&mut self, c: usize) -> Layer {
+        match self.config.resblock_updown {
+            true => self.resampling(c, c, Resample::Up),
+            false => Layer::Upsample { c, conv: self.config.conv_resample },
+        }
     }
 }
 
@@ -119,7 +161,7 @@ impl Architecture {
     /// The blocks of `config`, in the reference's order.
     pub fn new(config: &ModelConfig) -> Self {
         let mut b = Builder { config, columns: 0, blocks: 0 };
-        let (base, conv) = (config.model_channels, config.conv_resample);
+        let base = config.model_channels;
         let levels = config.channel_mult.len();
         let mut input = vec![vec![Layer::Conv { c: config.in_channels, oc: base }]];
         let (mut kept, mut c, mut factor) = (vec![base], base, 1);
@@ -127,26 +169,26 @@ impl Architecture {
             for _ in 0..config.num_res_blocks {
                 let mut layers = vec![b.res(c, mult * base)];
                 c = mult * base;
-                layers.extend(b.attention(c, config.num_heads, factor));
+                layers.extend(b.attention_at(factor, c, config.num_heads));
                 input.push(layers);
                 kept.push(c);
             }
             if level + 1 < levels {
-                input.push(vec![Layer::Downsample { c, conv }]);
+                input.push(vec![b.downsample(c)]);
                 kept.push(c);
                 factor *= 2;
             }
         }
-        let middle = vec![b.res(c, c), Layer::Attention { c, heads: config.num_heads }, b.res(c, c)];
+        let middle = vec![b.res(c, c), b.attention(c, config.num_heads), b.res(c, c)];
         let mut output = Vec::new();
         for (level, mult) in config.channel_mult.iter().enumerate().rev() {
             for i in 0..=config.num_res_blocks {
                 let skip = kept.pop().expect("as many outputs as inputs");
                 let mut layers = vec![b.res(c + skip, mult * base)];
                 c = mult * base;
-                layers.extend(b.attention(c, config.num_heads_upsample, factor));
+                layers.extend(b.attention_at(factor, c, config.num_heads_upsample));
                 if level > 0 && i == config.num_res_blocks {
-                    layers.push(Layer::Upsample { c, conv });
+                    layers.push(b.upsample(c));
                     factor /= 2;
                 }
                 output.push(layers);

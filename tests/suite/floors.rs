@@ -6,7 +6,19 @@ use std::path::{Path, PathBuf};
 /// Modules of the crate, floor by floor from the bottom.
 const FLOORS: [&[&str]; 7] = [
     &["error", "rng", "config"],
-    &["schedule", "diffusion", "timestep", "data", "grid", "npz", "checkpoint", "import"],
+    &[
+        "schedule",
+        "diffusion",
+        "timestep",
+        "data",
+        "grid",
+        "plot",
+        "animation",
+        "tensorboard",
+        "npz",
+        "checkpoint",
+        "import",
+    ],
     // The driver, in device/driver, knows nothing of plans: ops launch their kernels through it.
     &["ops", "graph", "autograd", "memory", "driver"],
     &["device"],

@@ -1,14 +1,21 @@
 //! Every integration test, in one binary.
 
+mod bench;
 mod cli;
+#[cfg(feature = "emulator")]
 mod cuda_conv;
+#[cfg(feature = "emulator")]
+mod cuda_ops;
 mod data;
 mod device;
 mod diffusion;
 mod driver;
 mod floors;
+mod fuzz;
 mod golden;
+mod import;
 mod kernels;
 mod network;
+mod pictures;
 mod steps;
 mod train;

@@ -41,6 +41,11 @@ fn tiny_other() -> ModelConfig {
     }
 }
 
+/// The features of guided-diffusion.
+fn tiny_guided() -> ModelConfig {
+    ModelConfig { num_head_channels: Some(16), resblock_updown: true, use_new_attention_order: true, ..tiny() }
+}
+
 fn process() -> DiffusionConfig {
     DiffusionConfig {
         diffusion_steps: 100,
@@ -191,6 +196,11 @@ fn gradients_agree_with_classes_pooling_added_embedding_and_dropout() {
 }
 
 #[test]
+fn gradients_of_the_guided_network_agree_with_differences() {
+    gradients_agree(&tiny_guided());
+}
+
+#[test]
 fn input_gradient_agrees_with_central_differences() {
     let mut probe = Probe::new(&tiny(), 1, true);
     let flat = weights(&probe.params, 6);
@@ -209,7 +219,7 @@ fn input_gradient_agrees_with_central_differences() {
 
 #[test]
 fn memory_reuse_changes_no_bit_and_saves_memory() {
-    for config in [tiny(), tiny_other()] {
+    for config in [tiny(), tiny_other(), tiny_guided()] {
         let (mut a, mut b) = (Probe::new(&config, 3, true), Probe::new(&config, 3, false));
         let flat = weights(&a.params, 7);
         assert_eq!(a.scalar(&flat).to_bits(), b.scalar(&flat).to_bits());
@@ -222,7 +232,7 @@ fn memory_reuse_changes_no_bit_and_saves_memory() {
 
 #[test]
 fn recomputing_blocks_changes_no_bit_and_saves_memory() {
-    for config in [tiny(), tiny_other()] {
+    for config in [tiny(), tiny_other(), tiny_guided()] {
         let (mut a, mut b) = (Probe::with(&config, 3, true, false), Probe::with(&config, 3, true, true));
         let flat = weights(&a.params, 7);
         assert_eq!(a.scalar(&flat).to_bits(), b.scalar(&flat).to_bits());
@@ -297,7 +307,18 @@ fn published_models_have_their_sizes() {
         use_scale_shift_norm: false,
         ..imagenet.clone()
     };
+    // guided-diffusion's 64x64 model, and one for CIFAR-10 trained with its network.
+    let guided = ModelConfig {
+        attention_resolutions: vec![2, 4, 8],
+        num_head_channels: Some(64),
+        resblock_updown: true,
+        use_new_attention_order: true,
+        ..conditional.clone()
+    };
+    let guided_cifar = ModelConfig { num_head_channels: Some(32), resblock_updown: true, ..cifar.clone() };
     let sizes = [
+        (guided, 541, 295_904_454),
+        (guided_cifar, 494, 57_094_662),
         (cifar, 446, 52_546_438),
         (imagenet, 450, 121_063_942),
         (conditional, 451, 273_049_350),

@@ -103,7 +103,13 @@ impl Library {
         // SAFETY: `name` is a C string; the library's constructors are ours or the sanitizer's.
         let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
         if handle.is_null() {
-            return Err(fail("cannot be opened"));
+            // SAFETY: dlerror returns null or a C string that lives until the next dl call of this thread.
+            let why = unsafe { libc::dlerror() };
+            if why.is_null() {
+                return Err(fail("cannot be opened"));
+            }
+            // SAFETY: not null, see above.
+            return Err(fail(&unsafe { CStr::from_ptr(why) }.to_string_lossy()));
         }
         let symbol = |name: &str| -> Result<*mut c_void> {
             let c = CString::new(name).map_err(|_| fail(name))?;

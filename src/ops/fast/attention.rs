@@ -3,8 +3,9 @@
 //! The backward recomputes `p = exp(score − lse)` for blocks of queries; dk and dv are summed block by block where they
 //! belong, in dqkv.
 
+use super::isa::{Isa, Kernel};
 use super::parallel::{ALIGN, Disjoint, aligned, for_each_job, part};
-use super::simd::{Isa, Kernel, Vector};
+use super::simd::Vector;
 use super::tile::{MAX_ROWS, MAX_WIDTH, RowPointers, Target, Terms, Tile, block_width, outer_product, rows_product};
 use crate::ops::attention::AttentionShape;
 
@@ -188,13 +189,11 @@ impl Kernel for Forward<'_> {
             let mut key = 0;
             while key < s.s {
                 let width = block_width(s.s, key, V::LANES);
-                // SAFETY: d channels of each query, d × width packed keys.
+                // SAFETY: d channels of each query, d × width packed keys, MAX_ROWS rows of scores.
                 unsafe {
                     let keys = keys.as_ptr().add(key * s.d);
-                    rows_product::<V>(&mut tile, (rows, width / V::LANES), &queries, &[s.d], keys);
-                }
-                for (i, tile) in tile.0.chunks_exact(width).enumerate().take(rows) {
-                    scores[i * pitch + key..][..width].copy_from_slice(tile);
+                    let target = Target { start: scores[key..].as_mut_ptr(), pitch };
+                    rows_product::<V>(target, (rows, width / V::LANES), &queries, &[s.d], keys);
                 }
                 key += width;
             }
@@ -212,7 +211,8 @@ impl Kernel for Forward<'_> {
                 // SAFETY: s weights of each row, s × width packed values; the output is this job's pair.
                 unsafe {
                     let values = values.as_ptr().add(e * s.s);
-                    rows_product::<V>(&mut tile, (rows, width / V::LANES), &weights, &[s.s], values);
+                    let target = Target { start: tile.0.as_mut_ptr(), pitch: width };
+                    rows_product::<V>(target, (rows, width / V::LANES), &weights, &[s.s], values);
                     for (i, inverse) in inverse.iter().enumerate().take(rows) {
                         let at = out.at((n * s.s + first + i) * c + head * s.d + e, width.min(s.d - e));
                         store_row::<V>(at, &tile.0[i * width..][..width], *inverse, s.d - e);
@@ -317,7 +317,8 @@ impl Kernel for Backward<'_> {
                     // SAFETY: s values of each row, s × width packed keys; dq of these rows is this job's.
                     unsafe {
                         let keys = key_rows.as_ptr().add(e * s.s);
-                        rows_product::<V>(&mut tile, (rows, width / V::LANES), &rows_of_ds, &[s.s], keys);
+                        let target = Target { start: tile.0.as_mut_ptr(), pitch: width };
+                        rows_product::<V>(target, (rows, width / V::LANES), &rows_of_ds, &[s.s], keys);
                         for i in 0..rows {
                             let row = &tile.0[i * width..][..width];
                             store_row::<V>(dq.add((first + i) * 3 * c + e), row, 1.0, s.d - e);
@@ -372,8 +373,9 @@ unsafe fn scores<V: Vector>(
         let size = (rows, width / V::LANES);
         // SAFETY: d channels of each row, d × width packed keys and values; the rows of p and ds hold `key + width`.
         unsafe {
-            rows_product::<V>(&mut tiles[0], size, &left_q, &[s.d], keys.as_ptr().add(key * s.d));
-            rows_product::<V>(&mut tiles[1], size, &left_dout, &[s.d], values.as_ptr().add(key * s.d));
+            let [for_q, for_dout] = tiles.each_mut().map(|tile| Target { start: tile.0.as_mut_ptr(), pitch: width });
+            rows_product::<V>(for_q, size, &left_q, &[s.d], keys.as_ptr().add(key * s.d));
+            rows_product::<V>(for_dout, size, &left_dout, &[s.d], values.as_ptr().add(key * s.d));
             for i in 0..rows {
                 for l in (0..width).step_by(V::LANES) {
                     let (from, to) = (i * width + l, i * pitch + key + l);

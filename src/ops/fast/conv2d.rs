@@ -2,12 +2,15 @@
 //!
 //! A tile is any 12 (or 6, 4) consecutive output pixels, of several rows or images if need be. Each tap reads every
 //! pixel through its own pointer, and what lies in the padding points to zeros; so there are no borders, no copies and
-//! no two ways for one or two sources. Stride, upsampling and both directions differ only in their [`Axis`].
+//! no two ways for one or two sources. Stride, upsampling and both directions differ only in their `Axis`.
+
+pub use super::conv2d_weight::{backward_weight, backward_weight_scratch};
 
 use super::axis::{Axis, AxisTap, Phase};
+use super::isa::{Isa, Kernel};
 use super::parallel::{ALIGN, Disjoint, aligned, for_each_job, jobs_for, part};
-use super::simd::{Isa, Kernel, Vector};
-use super::tile::{MAX_ROWS, MAX_WIDTH, RowPointers, Tile, block_width, rows_product};
+use super::simd::Vector;
+use super::tile::{MAX_ROWS, MAX_WIDTH, RowPointers, Target, Tile, block_width, rows_product};
 use crate::ops::conv2d::ConvShape;
 use crate::ops::view::{Cat, Rows};
 
@@ -161,14 +164,9 @@ impl Epilogue<'_> {
                     lanes = lanes.min(cut - c0);
                 }
             }
-            let (piece, out_pitch, out_c0) =
-                if c0 < self.ca { (0, self.ca, c0) } else { (1, self.c - self.ca, c0 - self.ca) };
-            let out = self.out[piece];
-            let (add, add_pitch, add_c0) = if c0 < self.add_ca {
-                (self.add[0], self.add_ca, c0)
-            } else {
-                (self.add[1], self.c - self.add_ca, c0 - self.add_ca)
-            };
+            let (to, out_pitch, out_c0) = piece(c0, self.ca, self.c);
+            let (from, add_pitch, add_c0) = piece(c0, self.add_ca, self.c);
+            let (out, add) = (self.out[to], self.add[from]);
             // SAFETY: the caller's promise.
             unsafe {
                 let bias = self.bias.map_or(V::splat(0.0), |bias| V::load_first(bias.as_ptr().add(c0), lanes));
@@ -187,6 +185,12 @@ impl Epilogue<'_> {
             l += lanes;
         }
     }
+}
+
+/// Channel `c0` of two tensors of `ca` and `c - ca` channels: which of them, its channels, and the channel in it.
+#[inline(always)]
+fn piece(c0: usize, ca: usize, c: usize) -> (usize, usize, usize) {
+    if c0 < ca { (0, ca, c0) } else { (1, c - ca, c0 - ca) }
 }
 
 /// A convolution of any kind: dst[step·g + phase] = Σ_taps src[stride·g + offset] · weights.
@@ -210,7 +214,7 @@ impl Convolution<'_> {
         let (zeros, packed) = aligned(scratch).split_at_mut(widest.next_multiple_of(ALIGN));
         zeros.fill(0.0);
         let flops = 2 * self.n * self.to[0] * self.to[1] * self.weights.w.len();
-        isa.run(Pack { conv: &self, packed, parallel: jobs_for(flops) > 1 });
+        self.pack(isa.lanes(), packed, jobs_for(flops) > 1);
         let chunks = jobs_for(flops).min((self.n * self.to[0] * self.to[1]).div_ceil(2 * MAX_ROWS));
         let columns = (jobs_for(flops) / chunks).clamp(1, self.epilogue.c.div_ceil(MAX_WIDTH));
         for_each_job(chunks * columns, |job| {
@@ -219,47 +223,31 @@ impl Convolution<'_> {
         });
     }
 
-    /// Width of the block of lanes that starts at `first`: two vectors, or one where that is enough.
+    /// Start in the packed weights of a tap of a phase, for the block of channels that starts at `first`.
     #[inline(always)]
-    fn width<V: Vector>(&self, first: usize) -> usize {
-        block_width(self.epilogue.c, first, V::LANES)
+    fn packed_at(&self, phase: &Phase, first: usize, tap: usize, lanes: usize) -> usize {
+        let c = self.epilogue.c;
+        let last = (c - 1) / (2 * lanes) * 2 * lanes;
+        let whole = last + block_width(c, last, lanes);
+        self.src.c() * (phase.first * whole + phase.taps() * first + tap * block_width(c, first, lanes))
     }
 
-    /// Start in the packed weights of a tap of a phase, for the block of lanes that starts at `first`.
-    #[inline(always)]
-    fn packed_at<V: Vector>(&self, phase: &Phase, first: usize, tap: usize) -> usize {
-        let last = (self.epilogue.c - 1) / (2 * V::LANES) * 2 * V::LANES;
-        let lanes = last + self.width::<V>(last);
-        self.src.c() * (phase.first * lanes + phase.taps() * first + tap * self.width::<V>(first))
-    }
-}
-
-/// Brings the weights into the order the tiles read them: phase, block of lanes, tap, input channel, lane.
-struct Pack<'a> {
-    conv: &'a Convolution<'a>,
-    packed: &'a mut [f32],
-    parallel: bool,
-}
-
-impl Kernel for Pack<'_> {
-    #[inline(always)]
-    fn run<V: Vector>(self) {
-        let Pack { conv, packed, parallel } = self;
+    /// Brings the weights into the order the tiles read them: phase, block of channels, tap, input channel, lane.
+    fn pack(&self, lanes: usize, packed: &mut [f32], parallel: bool) {
         let packed = Disjoint::new(packed);
-        let blocks = conv.epilogue.c.div_ceil(2 * V::LANES);
-        for phase in Phase::all(conv.axis) {
-            let pack = |i: usize| {
-                let (tap, first) = (i / blocks, i % blocks * 2 * V::LANES);
-                let width = conv.width::<V>(first);
-                // SAFETY: each tap and block has its own part of the packed weights.
-                let dst = unsafe { packed.slice(conv.packed_at::<V>(&phase, first, tap), conv.src.c() * width) };
-                conv.weights.pack(dst, phase.tap(tap), first, width);
-            };
-            if parallel {
-                for_each_job(phase.taps() * blocks, pack);
-            } else {
-                (0..phase.taps() * blocks).for_each(pack);
-            }
+        let (taps, blocks) = (self.axis.taps() * self.axis.taps(), self.epilogue.c.div_ceil(2 * lanes));
+        let pack = |i: usize| {
+            let (tap, first) = (i / blocks, i % blocks * 2 * lanes);
+            let phase = Phase::all(self.axis).find(|phase| tap < phase.first + phase.taps()).expect("a tap of a phase");
+            let (tap, width) = (tap - phase.first, block_width(self.epilogue.c, first, lanes));
+            // SAFETY: each tap and block has its own part of the packed weights.
+            let dst = unsafe { packed.slice(self.packed_at(&phase, first, tap, lanes), self.src.c() * width) };
+            self.weights.pack(dst, phase.tap(tap), first, width);
+        };
+        if parallel {
+            for_each_job(taps * blocks, pack);
+        } else {
+            (0..taps * blocks).for_each(pack);
         }
     }
 }
@@ -306,11 +294,12 @@ impl Kernel for Job<'_> {
                 let segments = &rows[..phase.taps() * lengths.len()];
                 let mut first = columns.start;
                 while first < columns.end {
-                    let width = conv.width::<V>(first);
+                    let width = block_width(c, first, V::LANES);
                     // SAFETY: the pointers reach `lengths` values each (`point`), and the block holds all taps.
                     unsafe {
-                        let right = self.packed.as_ptr().add(conv.packed_at::<V>(&phase, first, 0));
-                        rows_product::<V>(&mut tile, (count, width / V::LANES), segments, lengths, right);
+                        let right = self.packed.as_ptr().add(conv.packed_at(&phase, first, 0, V::LANES));
+                        let target = Target { start: tile.0.as_mut_ptr(), pitch: width };
+                        rows_product::<V>(target, (count, width / V::LANES), segments, lengths, right);
                     }
                     // SAFETY: these pixels and channels are this job's.
                     unsafe { conv.epilogue.store::<V>(&tile, &at, count, first, width) };
@@ -362,10 +351,11 @@ impl Job<'_> {
             for tx in phase.cols {
                 let step = ty.offset * w as isize + tx.offset;
                 for (source, &channels) in sources.iter().zip(lengths) {
+                    // Without branches, which would be hard to foresee, and in vectors.
                     for (p, row) in rows[segment].iter_mut().enumerate() {
-                        let inside = ((at.y[p] + ty.offset) as usize) < h && ((at.x[p] + tx.offset) as usize) < w;
+                        let (y, x) = ((at.y[p] + ty.offset) as usize, (at.x[p] + tx.offset) as usize);
                         let pixel = source.wrapping_offset((at.src[p] + step) * channels as isize);
-                        *row = if inside { pixel } else { self.zeros.as_ptr() };
+                        *row = if (y < h) & (x < w) { pixel } else { self.zeros.as_ptr() };
                     }
                     segment += 1;
                 }

@@ -7,8 +7,9 @@
 
 use super::axis::{Axis, AxisTap, Phase};
 use super::columns::{Columns, column_sums};
+use super::isa::{Isa, Kernel};
 use super::parallel::{ALIGN, Disjoint, aligned, for_each_job, jobs_for, part};
-use super::simd::{Isa, Kernel, Vector};
+use super::simd::Vector;
 use super::tile::{Target, Terms, outer_product};
 use crate::ops::conv2d::ConvShape;
 use crate::ops::view::{Cat, RowsMut};

@@ -1,7 +1,7 @@
 //! The linear layer is the 1x1 convolution of images of one pixel.
 
-use super::simd::Isa;
-use super::{conv2d, conv2d_weight};
+use super::conv2d;
+use super::isa::Isa;
 use crate::ops::conv2d::ConvShape;
 use crate::ops::view::Cat;
 
@@ -21,7 +21,7 @@ pub fn backward_data_scratch(n: usize, c: usize, oc: usize) -> usize {
 
 /// Floats of scratch that [`backward_weight`] needs.
 pub fn backward_weight_scratch(n: usize, c: usize, oc: usize) -> usize {
-    conv2d_weight::backward_weight_scratch(&as_conv(n, c, oc))
+    conv2d::backward_weight_scratch(&as_conv(n, c, oc))
 }
 
 /// Fast twin of [`crate::ops::linear::forward_cpu`].
@@ -71,5 +71,5 @@ pub fn backward_weight(
     scratch: &mut [f32],
 ) {
     let s = as_conv(n, c, oc);
-    conv2d_weight::backward_weight(isa, dw, Some(db), None, dy, Cat::single(x, c), accumulate, &s, scratch);
+    conv2d::backward_weight(isa, dw, Some(db), None, dy, Cat::single(x, c), accumulate, &s, scratch);
 }

@@ -7,12 +7,14 @@ pub mod attention;
 mod axis;
 mod columns;
 pub mod conv2d;
-pub mod conv2d_weight;
+mod conv2d_weight;
 mod dropout;
 pub mod group_norm;
+mod group_norm_backward;
+mod isa;
 pub mod linear;
 mod parallel;
 mod simd;
 mod tile;
 
-pub use simd::Isa;
+pub use isa::Isa;

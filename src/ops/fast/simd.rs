@@ -1,82 +1,7 @@
-//! Vectors of f32 for three instruction sets behind one trait, and the choice among them at run time.
-//!
-//! A kernel is written once, generic over [`Vector`], as the `run` of a [`Kernel`]; [`Isa::run`] calls it inside a
-//! function compiled for the chosen instruction set. Everything a `run` calls is `#[inline(always)]`, so that it is
-//! compiled for that set too.
+//! Vectors of f32 for three instruction sets behind one trait.
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
-
-/// Instruction sets the fast operations are compiled for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Isa {
-    /// Whatever the target has.
-    Portable,
-    /// 8 lanes, fused multiply-add.
-    Avx2,
-    /// 16 lanes, 32 registers.
-    Avx512,
-}
-
-impl Isa {
-    /// The best set this CPU has.
-    pub fn detect() -> Self {
-        [Isa::Avx512, Isa::Avx2].into_iter().find(|isa| isa.available()).unwrap_or(Isa::Portable)
-    }
-
-    /// Whether this CPU has the set.
-    pub fn available(self) -> bool {
-        match self {
-            Isa::Portable => true,
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => {
-                Isa::Avx2.available()
-                    && is_x86_feature_detected!("avx512f")
-                    && is_x86_feature_detected!("avx512dq")
-                    && is_x86_feature_detected!("avx512bw")
-                    && is_x86_feature_detected!("avx512vl")
-            }
-            #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx2 | Isa::Avx512 => false,
-        }
-    }
-
-    /// Runs `kernel` with the vectors of this set.
-    pub(super) fn run<K: Kernel>(self, kernel: K) {
-        debug_assert!(self.available(), "{self:?} is not available on this CPU");
-        match self {
-            Isa::Portable => kernel.run::<F32x4>(),
-            // SAFETY: `available` has found the features these functions are compiled for.
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => unsafe { run_avx2(kernel) },
-            // SAFETY: as above.
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => unsafe { run_avx512(kernel) },
-            #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx2 | Isa::Avx512 => unreachable!("only on x86-64"),
-        }
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-unsafe fn run_avx2<K: Kernel>(kernel: K) {
-    kernel.run::<F32x8>();
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")]
-unsafe fn run_avx512<K: Kernel>(kernel: K) {
-    kernel.run::<F32x16>();
-}
-
-/// A computation written once for every vector width; `run` must be `#[inline(always)]`.
-pub(super) trait Kernel {
-    /// The computation.
-    fn run<V: Vector>(self);
-}
 
 /// A vector of f32. Values exist only inside [`Kernel::run`], where the instructions behind them are available.
 pub(super) trait Vector: Copy {
@@ -212,6 +137,10 @@ impl Vector for F32x4 {
     }
     #[inline(always)]
     unsafe fn load_first(p: *const f32, n: usize) -> Self {
+        if n == 4 {
+            // SAFETY: the caller's promise.
+            return unsafe { Self::load(p) };
+        }
         let mut lanes = [0.0; 4];
         for (i, lane) in lanes.iter_mut().enumerate().take(n) {
             // SAFETY: the caller's promise, i < n.
@@ -221,6 +150,10 @@ impl Vector for F32x4 {
     }
     #[inline(always)]
     unsafe fn store_first(self, p: *mut f32, n: usize) {
+        if n == 4 {
+            // SAFETY: the caller's promise.
+            return unsafe { self.store(p) };
+        }
         for (i, lane) in self.0.into_iter().enumerate().take(n) {
             // SAFETY: the caller's promise, i < n.
             unsafe { *p.add(i) = lane };
@@ -387,6 +320,7 @@ x86_vector!(
 
 #[cfg(test)]
 mod tests {
+    use super::super::isa::{Isa, Kernel};
     use super::*;
 
     /// Checks `exp` of one instruction set over its range, to 2 ulp of the f64 value.

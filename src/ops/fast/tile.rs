@@ -14,21 +14,30 @@ pub(super) fn block_width(len: usize, first: usize, lanes: usize) -> usize {
     if len - first > lanes { 2 * lanes } else { lanes }
 }
 
-/// A tile's values in memory, row p at `p · width`.
+/// Room for the values of a tile.
 #[repr(align(64))]
 pub(super) struct Tile(pub [f32; MAX_ROWS * MAX_WIDTH]);
+
+/// Where a product goes: row p at `start + p · pitch`.
+#[derive(Clone, Copy)]
+pub(super) struct Target {
+    /// First row.
+    pub start: *mut f32,
+    /// From one row to the next.
+    pub pitch: usize,
+}
 
 /// Pointers to the left rows of one segment of the sum.
 pub(super) type RowPointers = [*const f32; MAX_ROWS];
 
-/// `tile[p, l] = Σ_segment Σ_k left[segment][p][k] · right[segment, k, l]`, where segment i has
+/// `target[p, l] = Σ_segment Σ_k left[segment][p][k] · right[segment, k, l]`, where segment i has
 /// `lengths[i % lengths.len()]` terms and `right` is contiguous: the l of one k, then the next k, then the next segment.
 ///
 /// # Safety
-/// The pointers reach as many values as this reads.
+/// The pointers reach as many values as this reads and writes.
 #[inline(always)]
 unsafe fn rows_tile<V: Vector, const P: usize, const Q: usize>(
-    tile: &mut Tile,
+    target: Target,
     left: &[RowPointers],
     lengths: &[usize],
     mut right: *const f32,
@@ -56,20 +65,20 @@ unsafe fn rows_tile<V: Vector, const P: usize, const Q: usize>(
     }
     for (p, acc) in acc.iter().enumerate() {
         for (q, acc) in acc.iter().enumerate() {
-            // SAFETY: P and Q·LANES are at most MAX_ROWS and MAX_WIDTH.
-            unsafe { acc.store(tile.0.as_mut_ptr().add((p * Q + q) * V::LANES)) };
+            // SAFETY: the caller's promise.
+            unsafe { acc.store(target.start.add(p * target.pitch + q * V::LANES)) };
         }
     }
 }
 
-/// [`rows_tile`] for `rows` rows and `vectors` vectors (1 or 2); rows are rounded up, so that unused pointers up to the
-/// next multiple of 4 (6 is one too) must be valid.
+/// [`rows_tile`] for `rows` rows and `vectors` vectors (1 or 2). Rows are rounded up to at most `V::ROWS`: all pointers
+/// must be valid and the target must have room.
 ///
 /// # Safety
 /// As [`rows_tile`].
 #[inline(always)]
 pub(super) unsafe fn rows_product<V: Vector>(
-    tile: &mut Tile,
+    target: Target,
     (rows, vectors): (usize, usize),
     left: &[RowPointers],
     lengths: &[usize],
@@ -78,14 +87,14 @@ pub(super) unsafe fn rows_product<V: Vector>(
     // SAFETY: the caller's promise.
     unsafe {
         match (rows, vectors) {
-            (9.., 2) if V::ROWS >= 12 => rows_tile::<V, 12, 2>(tile, left, lengths, right),
-            (9.., 1) if V::ROWS >= 12 => rows_tile::<V, 12, 1>(tile, left, lengths, right),
-            (5.., 2) if V::ROWS >= 12 => rows_tile::<V, 8, 2>(tile, left, lengths, right),
-            (5.., 1) if V::ROWS >= 12 => rows_tile::<V, 8, 1>(tile, left, lengths, right),
-            (5.., 2) => rows_tile::<V, 6, 2>(tile, left, lengths, right),
-            (5.., 1) => rows_tile::<V, 6, 1>(tile, left, lengths, right),
-            (_, 2) => rows_tile::<V, 4, 2>(tile, left, lengths, right),
-            (..) => rows_tile::<V, 4, 1>(tile, left, lengths, right),
+            (9.., 2) if V::ROWS >= 12 => rows_tile::<V, 12, 2>(target, left, lengths, right),
+            (9.., 1) if V::ROWS >= 12 => rows_tile::<V, 12, 1>(target, left, lengths, right),
+            (5.., 2) if V::ROWS >= 12 => rows_tile::<V, 8, 2>(target, left, lengths, right),
+            (5.., 1) if V::ROWS >= 12 => rows_tile::<V, 8, 1>(target, left, lengths, right),
+            (5.., 2) => rows_tile::<V, 6, 2>(target, left, lengths, right),
+            (5.., 1) => rows_tile::<V, 6, 1>(target, left, lengths, right),
+            (_, 2) => rows_tile::<V, 4, 2>(target, left, lengths, right),
+            (..) => rows_tile::<V, 4, 1>(target, left, lengths, right),
         }
     }
 }
@@ -101,15 +110,6 @@ pub(super) struct Terms<'a> {
     pub pitch: [usize; 2],
     /// Values from one image to the next, left and right.
     pub image: [usize; 2],
-}
-
-/// Where an outer product is added: row p at `start + p · pitch`.
-#[derive(Clone, Copy)]
-pub(super) struct Target {
-    /// First row.
-    pub start: *mut f32,
-    /// From one row to the next.
-    pub pitch: usize,
 }
 
 /// `target[p, l] += Σ_term left[term + p] · right[term + l]`; the last vector has `last` lanes (all of them unless TAIL).

@@ -6,7 +6,7 @@ use iddpm::schedule::Process;
 
 use super::vectors::{Tensor, VectorFile, channels_first, outputs, process};
 
-const LOSSES: [(&str, LossType); 4] = [
+pub const LOSSES: [(&str, LossType); 4] = [
     ("mse", LossType::Mse),
     ("rescaled_mse", LossType::RescaledMse),
     ("kl", LossType::Kl),

@@ -5,11 +5,14 @@
 //! folder with other seeds, sizes and cases is checked by the same code. A file of no known kind, a vector file without an index
 //! entry, and a result that no check compared are errors.
 
+mod architectures;
 mod codes;
 mod gaussian;
 mod likelihood;
 mod losses;
 mod network;
+mod ops;
+mod pickles;
 mod samplers;
 mod schedules;
 mod timestep;
@@ -17,6 +20,7 @@ pub mod vectors;
 
 use std::path::{Path, PathBuf};
 
+use iddpm::device::Device;
 use vectors::{Folder, VectorFile};
 
 /// Compares everything one file holds.
@@ -44,8 +48,8 @@ const KINDS: &[(&str, Check)] = &[
 /// What a folder may also hold, unread here, and why.
 const UNREAD: &[(&str, &str)] = &[
     ("10_superres", "the super-resolution network is not part of the crate"),
-    ("11_pt", "pickled checkpoints belong to the importer's tests"),
-    ("12_architectures.json", "parameter lists belong to the network's tests"),
+    ("11_pt", "read by pickles_match_the_reference"),
+    ("12_architectures.json", "read by architectures_match_the_reference"),
     ("INDEX.md", "prose"),
     ("index.json", "read by every check"),
 ];
@@ -120,6 +124,22 @@ kinds! {
 }
 
 #[test]
+fn architectures_match_the_reference() {
+    let path = folder().join("12_architectures.json");
+    if path.exists() {
+        architectures::check(&path);
+    }
+}
+
+#[test]
+fn pickles_match_the_reference() {
+    let pickles = folder().join("11_pt");
+    if pickles.exists() {
+        pickles::check(&pickles);
+    }
+}
+
+#[test]
 fn every_file_belongs_to_a_kind() {
     let path = folder();
     let folder = Folder::open(&path);
@@ -138,6 +158,23 @@ fn the_crate_carries_its_vectors() {
     for kind in CARRIED {
         assert!(folder.vector_files().any(|name| name.starts_with(kind)), "tests/golden holds no {kind} file");
     }
+}
+
+/// The steps of the diffusion process as ops on devices made by `device`, against the files that say what they compute.
+pub fn check_ops(device: &dyn Fn() -> Device) {
+    let folder = Folder::open(&folder());
+    for name in folder.vector_files() {
+        if let Some((_, check)) = ops::KINDS.iter().find(|(kind, _)| name.starts_with(kind)) {
+            let file = folder.load(name);
+            check(&file, device);
+            file.finish_part();
+        }
+    }
+}
+
+#[test]
+fn ops_match_the_reference() {
+    check_ops(&crate::device::device);
 }
 
 /// Copies of a small file with one thing wrong each: what must not pass does not.

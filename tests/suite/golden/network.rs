@@ -20,8 +20,9 @@ use iddpm::ops::q_sample::{Images, Noise, QSample};
 use iddpm::ops::silu::Silu;
 use iddpm::ops::timestep_embedding::TimestepEmbedding;
 use iddpm::schedule::Process;
-use iddpm::unet::{self, Init, Layer, Param, ParamVals, Params, Recorder, ResBlock};
+use iddpm::unet::{self, Init, Layer, Param, ParamVals, Params, Recorder, ResBlock, Resample};
 use serde_json::Value;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 /// (out, in, rest..) to (out, rest.., in); vectors and matrices stay.
@@ -264,6 +265,7 @@ pub fn resblocks(file: &VectorFile) {
             emb: number(case, "emb_channels"),
             scale_shift: flag(case, "use_scale_shift_norm"),
             skip_kernel: if flag(case, "use_conv") { 3 } else { 1 },
+            resample: Resample::Keep,
             column: 0,
             number: 0,
         });
@@ -285,7 +287,8 @@ pub fn attention(file: &VectorFile) {
             attention_core(file, name, case);
             continue;
         }
-        let layer = Layer::Attention { c: number(case, "channels"), heads: number(case, "heads") };
+        let (c, heads) = (number(case, "channels"), number(case, "heads"));
+        let layer = Layer::Attention { c, heads, order: QkvOrder::Legacy };
         let mut p = Piece::new(file, name, layer_params(&layer));
         let x = p.image("in.x");
         let mut r = Recorder::new(&mut p.g, &p.vals, x, None);
@@ -340,6 +343,7 @@ fn model_config(config: &Value) -> ModelConfig {
         num_heads_upsample: config["num_heads_upsample"].as_u64().map_or(heads, |n| n as usize),
         use_scale_shift_norm: flag(config, "use_scale_shift_norm"),
         conv_resample: config["conv_resample"].as_bool().unwrap_or(true),
+        ..ModelConfig::default()
     }
 }
 
@@ -645,15 +649,28 @@ pub fn training(file: &VectorFile) {
             "schedule": d[0], "T": d[1], "spec": d[2], "mean": "eps", "var": d[3], "loss_type": d[4], "rescale_timesteps": d[5],
         });
         let diffusion = diffusion_config(&loss);
-        for run in ["wd0", "wd05"] {
+        // "wd0: 0; wd05: 0.05": the runs and their weight decay.
+        for run in file.settings["weight_decay"].as_str().unwrap().split(';') {
+            let (name, decay) = run.split_once(':').unwrap();
+            let run = (name.trim(), decay.trim().parse().unwrap());
             training_run(file, run, &config, &diffusion, &params, &weights, number(case, "steps"));
         }
-        let batch = training_batch(file, 0);
-        let mut plan = TrainingPlan::new(&config, &diffusion, &params, &batch, batch.t.values.len() / 2, None);
-        plan.device.write_region(Region::Params, &weights).unwrap();
-        plan.step(&batch, &Control::default());
-        compare(file, &params, &plan.region(Region::Grads, params.len), "microbatch2/grad/", "");
+        for size in microbatch_sizes(file) {
+            let batch = training_batch(file, 0);
+            let parts = batch.t.values.len() / size;
+            let mut plan = TrainingPlan::new(&config, &diffusion, &params, &batch, parts, None);
+            plan.device.write_region(Region::Params, &weights).unwrap();
+            plan.step(&batch, &Control::default());
+            let grads = plan.region(Region::Grads, params.len);
+            compare(file, &params, &grads, &format!("microbatch{size}/grad/"), "");
+        }
     }
+}
+
+/// The n of every `microbatch<n>/..` among the names.
+fn microbatch_sizes(file: &VectorFile) -> BTreeSet<usize> {
+    let size = |name: &String| name.strip_prefix("microbatch")?.split('/').next()?.parse().ok();
+    file.names().filter_map(size).collect()
 }
 
 fn training_batch(file: &VectorFile, step: usize) -> Batch {
@@ -663,7 +680,7 @@ fn training_batch(file: &VectorFile, step: usize) -> Batch {
 
 fn training_run(
     file: &VectorFile,
-    run: &str,
+    (run, weight_decay): (&str, f64),
     config: &ModelConfig,
     diffusion: &DiffusionConfig,
     params: &Params,
@@ -671,9 +688,7 @@ fn training_run(
     steps: usize,
 ) {
     let rates: Vec<f64> = file.settings["ema_rates"].as_array().unwrap().iter().map(|r| r.as_f64().unwrap()).collect();
-    let decay = file.settings["weight_decay"].as_str().unwrap();
-    let decay = decay.split(';').find_map(|part| part.trim().strip_prefix(&format!("{run}: "))).unwrap();
-    let hyper = Hyper { weight_decay: decay.parse().unwrap(), ema_rates: rates.clone(), ..Hyper::default() };
+    let hyper = Hyper { weight_decay, ema_rates: rates.clone(), ..Hyper::default() };
     let lr = file.settings["lr"].as_f64().unwrap();
     let first = training_batch(file, 0);
     let mut plan = TrainingPlan::new(config, diffusion, params, &first, 1, Some(hyper.clone()));

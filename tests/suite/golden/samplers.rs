@@ -10,19 +10,19 @@ use serde_json::Value;
 use super::vectors::{Tensor, VectorFile, channels_first, mean_type, process, var_type};
 
 /// The stand-in network of one case.
-struct StandIn<'a> {
+pub struct StandIn<'a> {
     weights: [&'a Tensor; 4],
     tdiv: f64,
 }
 
 impl<'a> StandIn<'a> {
-    fn of(file: &'a VectorFile, name: &str, case: &Value) -> Self {
+    pub fn of(file: &'a VectorFile, name: &str, case: &Value) -> Self {
         let weights = ["A", "B", "b", "s"].map(|part| file.get(&format!("{name}/model.{part}")));
         StandIn { weights, tdiv: case["tdiv"].as_f64().expect("tdiv") }
     }
 
     /// Output (pixels, O) for an image x (pixels, C).
-    fn run(&self, x: &[f32], time: f32) -> Vec<f32> {
+    pub fn run(&self, x: &[f32], time: f32) -> Vec<f32> {
         let [a, b_time, b, s] = self.weights.map(|w| &w.values);
         let (outputs, channels) = (self.weights[0].shape[0], self.weights[0].shape[1]);
         let tau = f64::from(time) / self.tdiv;
@@ -35,7 +35,7 @@ impl<'a> StandIn<'a> {
     }
 }
 
-fn output(case: &Value) -> Output {
+pub fn output(case: &Value) -> Output {
     let name = |key: &str| case[key].as_str().unwrap_or_else(|| panic!("`{key}` of {case}"));
     Output { mean_type: mean_type(name("mean")), var_type: var_type(name("var")) }
 }
@@ -83,7 +83,7 @@ fn walk(file: &VectorFile, name: &str, case: &Value, process: &Process) {
     file.compare(&format!("{name}/pred_xstart"), &x_0s);
 }
 
-fn planar(image: &[f32], channels: usize) -> Vec<f64> {
+pub fn planar(image: &[f32], channels: usize) -> Vec<f64> {
     channels_first(&image.iter().map(|&x| f64::from(x)).collect::<Vec<_>>(), channels)
 }
 

@@ -1,0 +1,560 @@
+//! A reader of pickle streams that runs nothing: it builds tensors, containers, numbers and texts, and refuses the rest.
+//!
+//! A pickle is a program for a stack machine that may call any function by name. A checkpoint needs a few of them
+//! ([`Global`]), which are understood here as data; any other name is an error at the moment it is read. Values live
+//! in one list and refer to each other by position, so depth costs nothing and cycles do no harm. The number of
+//! operations and values is bounded.
+
+use std::collections::HashMap;
+
+/// What went wrong, without the file name.
+type Result<T> = std::result::Result<T, String>;
+
+/// Most operations of a stream, and most values they may make. A model of a thousand tensors needs some 50,000.
+const MAX_OPERATIONS: usize = 8 << 20;
+const MAX_VALUES: usize = 2 << 20;
+/// Most dimensions of a tensor.
+const MAX_DIMS: usize = 16;
+
+/// Element type of a tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Dtype {
+    F64,
+    F32,
+    F16,
+    Bf16,
+    I64,
+    I32,
+    I16,
+    I8,
+    U8,
+    Bool,
+}
+
+impl Dtype {
+    /// Bytes of one element.
+    pub fn bytes(self) -> usize {
+        match self {
+            Dtype::F64 | Dtype::I64 => 8,
+            Dtype::F32 | Dtype::I32 => 4,
+            Dtype::F16 | Dtype::Bf16 | Dtype::I16 => 2,
+            Dtype::I8 | Dtype::U8 | Dtype::Bool => 1,
+        }
+    }
+
+    /// Name in PyTorch.
+    pub fn name(self) -> &'static str {
+        match self {
+            Dtype::F64 => "float64",
+            Dtype::F32 => "float32",
+            Dtype::F16 => "float16",
+            Dtype::Bf16 => "bfloat16",
+            Dtype::I64 => "int64",
+            Dtype::I32 => "int32",
+            Dtype::I16 => "int16",
+            Dtype::I8 => "int8",
+            Dtype::U8 => "uint8",
+            Dtype::Bool => "bool",
+        }
+    }
+}
+
+/// Everything a stream may call or name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Global {
+    /// `collections.OrderedDict`.
+    OrderedDict,
+    /// `torch._utils._rebuild_tensor` and `_rebuild_tensor_v2`.
+    RebuildTensor,
+    /// `torch._utils._rebuild_parameter`.
+    RebuildParameter,
+    /// `torch.Size`.
+    Size,
+    /// `_codecs.encode`: how protocol 2 writes bytes.
+    Encode,
+    /// `torch.FloatStorage` and its kin.
+    Storage(Dtype),
+}
+
+impl Global {
+    fn named(module: &str, name: &str) -> Result<Self> {
+        let storage = |dtype| Ok(Global::Storage(dtype));
+        match (module, name) {
+            ("collections", "OrderedDict") => Ok(Global::OrderedDict),
+            ("torch._utils", "_rebuild_tensor" | "_rebuild_tensor_v2") => Ok(Global::RebuildTensor),
+            ("torch._utils", "_rebuild_parameter") => Ok(Global::RebuildParameter),
+            ("torch", "Size") => Ok(Global::Size),
+            ("_codecs", "encode") => Ok(Global::Encode),
+            ("torch", "DoubleStorage") => storage(Dtype::F64),
+            ("torch", "FloatStorage") => storage(Dtype::F32),
+            ("torch", "HalfStorage") => storage(Dtype::F16),
+            ("torch", "BFloat16Storage") => storage(Dtype::Bf16),
+            ("torch", "LongStorage") => storage(Dtype::I64),
+            ("torch", "IntStorage") => storage(Dtype::I32),
+            ("torch", "ShortStorage") => storage(Dtype::I16),
+            ("torch", "CharStorage") => storage(Dtype::I8),
+            ("torch", "ByteStorage") => storage(Dtype::U8),
+            ("torch", "BoolStorage") => storage(Dtype::Bool),
+            _ => Err(format!(
+                "the file wants to use `{module}.{name}`, which is no part of a tensor file: refused, nothing was executed"
+            )),
+        }
+    }
+}
+
+/// A run of elements kept outside the pickle.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Storage<'a> {
+    /// Element type.
+    pub dtype: Dtype,
+    /// Name of the record that holds the elements.
+    pub key: &'a str,
+    /// Number of elements.
+    pub len: usize,
+}
+
+/// A view of a storage; every element lies inside it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TensorView<'a> {
+    /// The elements.
+    pub storage: Storage<'a>,
+    /// Element of the storage where the tensor starts.
+    pub offset: usize,
+    /// Size.
+    pub dims: Vec<usize>,
+    /// Elements between neighbours in each dimension.
+    pub strides: Vec<usize>,
+}
+
+/// Position of a value.
+pub type Id = u32;
+
+/// A value of the stream.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Value<'a> {
+    /// None.
+    None,
+    /// A truth value.
+    Bool(bool),
+    /// A whole number.
+    Int(i64),
+    /// A number that does not fit 64 bits, or bytes: kept out, as no tensor needs it.
+    Opaque,
+    /// A number.
+    Float(f64),
+    /// A text.
+    Text(&'a str),
+    /// A list.
+    List(Vec<Id>),
+    /// A tuple.
+    Tuple(Vec<Id>),
+    /// A dict, entries in order.
+    Dict(Vec<(Id, Id)>),
+    /// A name of the closed list.
+    Global(Global),
+    /// Elements outside the pickle.
+    Storage(Storage<'a>),
+    /// A tensor.
+    Tensor(TensorView<'a>),
+}
+
+impl Value<'_> {
+    /// What it is, for messages.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Value::None => "None",
+            Value::Bool(_) => "a truth value",
+            Value::Int(_) | Value::Float(_) | Value::Opaque => "a number",
+            Value::Text(_) => "a text",
+            Value::List(_) => "a list",
+            Value::Tuple(_) => "a tuple",
+            Value::Dict(_) => "a dict",
+            Value::Global(_) => "a name",
+            Value::Storage(_) => "a storage",
+            Value::Tensor(_) => "a tensor",
+        }
+    }
+}
+
+/// All values of a stream.
+#[derive(Debug, Default)]
+pub struct Pickle<'a> {
+    values: Vec<Value<'a>>,
+    root: Id,
+}
+
+impl<'a> Pickle<'a> {
+    /// The value at `id`.
+    pub fn get(&self, id: Id) -> &Value<'a> {
+        &self.values[id as usize]
+    }
+
+    /// Every value made, in order.
+    pub fn values(&self) -> impl Iterator<Item = &Value<'a>> {
+        self.values.iter()
+    }
+
+    /// Position of the result.
+    pub fn root(&self) -> Id {
+        self.root
+    }
+}
+
+/// Reads one pickle from the start of `bytes`; also returns its length.
+///
+/// # Errors
+/// What is damaged or refused, and at which byte.
+pub fn read(bytes: &[u8]) -> Result<(Pickle<'_>, usize)> {
+    let mut m = Machine { bytes, ..Machine::default() };
+    for _ in 0..MAX_OPERATIONS {
+        let at = m.at;
+        if m.step().map_err(|e| format!("pickle byte {at}: {e}"))? {
+            let root = m.stack.pop().ok_or("pickle: it ends without a value")?;
+            return Ok((Pickle { values: m.values, root }, m.at));
+        }
+    }
+    Err(format!("pickle: more than {MAX_OPERATIONS} operations, a hundred times what a model needs"))
+}
+
+/// The stack machine.
+#[derive(Default)]
+struct Machine<'a> {
+    bytes: &'a [u8],
+    at: usize,
+    values: Vec<Value<'a>>,
+    stack: Vec<Id>,
+    marks: Vec<usize>,
+    memo: HashMap<u32, Id>,
+}
+
+impl<'a> Machine<'a> {
+    fn take(&mut self, n: usize) -> Result<&'a [u8]> {
+        let end = self.at.checked_add(n).filter(|&e| e <= self.bytes.len());
+        let end = end.ok_or_else(|| format!("truncated: {n} bytes wanted, {} left", self.bytes.len() - self.at))?;
+        let taken = &self.bytes[self.at..end];
+        self.at = end;
+        Ok(taken)
+    }
+
+    /// A little-endian unsigned number of `n` bytes.
+    fn number(&mut self, n: usize) -> Result<usize> {
+        let mut wide = [0; 8];
+        wide[..n].copy_from_slice(self.take(n)?);
+        usize::try_from(u64::from_le_bytes(wide)).map_err(|e| e.to_string())
+    }
+
+    fn text(&mut self, n: usize) -> Result<&'a str> {
+        std::str::from_utf8(self.take(n)?).map_err(|e| format!("a text is not UTF-8: {e}"))
+    }
+
+    fn line(&mut self) -> Result<&'a str> {
+        let rest = &self.bytes[self.at..];
+        let n = rest.iter().take(1024).position(|&b| b == b'\n').ok_or("a name without an end")?;
+        let line = self.text(n)?;
+        self.at += 1;
+        Ok(line)
+    }
+
+    fn push(&mut self, value: Value<'a>) -> Result<()> {
+        if self.values.len() == MAX_VALUES {
+            return Err(format!("more than {MAX_VALUES} values, a hundred times what a model needs"));
+        }
+        self.stack.push(self.values.len() as Id);
+        self.values.push(value);
+        Ok(())
+    }
+
+    fn pop(&mut self) -> Result<Id> {
+        let floor = self.marks.last().copied().unwrap_or(0);
+        if self.stack.len() <= floor {
+            return Err("damaged: the stack is empty".into());
+        }
+        Ok(self.stack.pop().expect("checked above"))
+    }
+
+    fn top(&self) -> Result<Id> {
+        self.stack.last().copied().ok_or_else(|| "damaged: the stack is empty".into())
+    }
+
+    fn popped(&mut self, n: usize) -> Result<Vec<Id>> {
+        let mut ids = (0..n).map(|_| self.pop()).collect::<Result<Vec<_>>>()?;
+        ids.reverse();
+        Ok(ids)
+    }
+
+    fn to_mark(&mut self) -> Result<Vec<Id>> {
+        let mark = self.marks.pop().ok_or("damaged: no mark on the stack")?;
+        Ok(self.stack.split_off(mark.min(self.stack.len())))
+    }
+
+    fn value(&self, id: Id) -> &Value<'a> {
+        &self.values[id as usize]
+    }
+
+    fn keep(&mut self, key: usize) -> Result<()> {
+        let key = u32::try_from(key).map_err(|e| e.to_string())?;
+        let top = self.top()?;
+        self.memo.insert(key, top);
+        Ok(())
+    }
+
+    fn recall(&mut self, key: usize) -> Result<()> {
+        let id = u32::try_from(key).ok().and_then(|k| self.memo.get(&k).copied());
+        self.stack.push(id.ok_or_else(|| format!("damaged: nothing was kept as {key}"))?);
+        Ok(())
+    }
+
+    /// One operation; true at the end of the stream.
+    fn step(&mut self) -> Result<bool> {
+        let op = self.take(1)?[0];
+        match op {
+            b'.' => return Ok(true),
+            0x80 => {
+                let version = self.number(1)?;
+                if !(2..=5).contains(&version) {
+                    return Err(format!("pickle protocol {version}; 2 to 5 are known"));
+                }
+            }
+            0x95 => drop(self.take(8)?),
+            b'(' => self.marks.push(self.stack.len()),
+            b'0' => drop(self.pop()?),
+            b'1' => drop(self.to_mark()?),
+            b'2' => self.stack.push(self.top()?),
+            b'N' => self.push(Value::None)?,
+            0x88 | 0x89 => self.push(Value::Bool(op == 0x88))?,
+            b'K' | b'M' | b'J' | b'G' | 0x8a | 0x8b => self.step_number(op)?,
+            b'X' | b'U' | b'T' | 0x8c | 0x8d | b'B' | b'C' | 0x8e => self.step_text(op)?,
+            b']' | b'a' | b'e' | b'l' | b')' | b't' | 0x85..=0x87 | b'}' | b'd' | b's' | b'u' => {
+                self.step_container(op)?
+            }
+            b'q' | b'r' | b'h' | b'j' | 0x94 => self.step_memo(op)?,
+            b'c' => {
+                let (module, name) = (self.line()?, self.line()?);
+                self.push(Value::Global(Global::named(module, name)?))?;
+            }
+            0x93 => self.stack_global()?,
+            b'Q' => self.persistent()?,
+            b'R' => self.reduce()?,
+            b'b' => self.build()?,
+            other => return Err(format!("operation {other:#04x} is no part of a tensor file: refused")),
+        }
+        Ok(false)
+    }
+
+    fn step_number(&mut self, op: u8) -> Result<()> {
+        let value = match op {
+            b'K' => Value::Int(self.number(1)? as i64),
+            b'M' => Value::Int(self.number(2)? as i64),
+            b'J' => Value::Int(i64::from(i32::from_le_bytes(self.take(4)?.try_into().expect("4 bytes")))),
+            b'G' => Value::Float(f64::from_be_bytes(self.take(8)?.try_into().expect("8 bytes"))),
+            _ => {
+                let n = self.number(if op == 0x8a { 1 } else { 4 })?;
+                let digits = self.take(n)?;
+                let sign = if digits.last().is_some_and(|b| b & 0x80 != 0) { 0xff } else { 0 };
+                let mut wide = [sign; 8];
+                match wide.get_mut(..n) {
+                    Some(low) => {
+                        low.copy_from_slice(digits);
+                        Value::Int(i64::from_le_bytes(wide))
+                    }
+                    None => Value::Opaque,
+                }
+            }
+        };
+        self.push(value)
+    }
+
+    fn step_text(&mut self, op: u8) -> Result<()> {
+        let n = self.number(match op {
+            b'U' | b'C' | 0x8c => 1,
+            b'X' | b'T' | b'B' => 4,
+            _ => 8,
+        })?;
+        match op {
+            b'B' | b'C' | 0x8e => {
+                self.take(n)?;
+                self.push(Value::Opaque)
+            }
+            _ => {
+                let text = self.text(n)?;
+                self.push(Value::Text(text))
+            }
+        }
+    }
+
+    fn step_container(&mut self, op: u8) -> Result<()> {
+        match op {
+            b']' => self.push(Value::List(vec![])),
+            b')' => self.push(Value::Tuple(vec![])),
+            b'}' => self.push(Value::Dict(vec![])),
+            b'l' | b't' | b'd' => {
+                let items = self.to_mark()?;
+                let value = match op {
+                    b'l' => Value::List(items),
+                    b't' => Value::Tuple(items),
+                    _ => Value::Dict(pairs(items)?),
+                };
+                self.push(value)
+            }
+            0x85..=0x87 => {
+                let items = self.popped(usize::from(op - 0x84))?;
+                self.push(Value::Tuple(items))
+            }
+            b'a' | b'e' => {
+                let items = if op == b'a' { self.popped(1)? } else { self.to_mark()? };
+                let top = self.top()?;
+                match &mut self.values[top as usize] {
+                    Value::List(list) => list.extend(items),
+                    other => return Err(format!("damaged: appends to {}", other.kind())),
+                }
+                Ok(())
+            }
+            _ => {
+                let items = if op == b's' { self.popped(2)? } else { self.to_mark()? };
+                let top = self.top()?;
+                match &mut self.values[top as usize] {
+                    Value::Dict(dict) => dict.extend(pairs(items)?),
+                    other => return Err(format!("damaged: sets an item of {}", other.kind())),
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn step_memo(&mut self, op: u8) -> Result<()> {
+        match op {
+            0x94 => self.keep(self.memo.len()),
+            _ => {
+                let key = self.number(if matches!(op, b'q' | b'h') { 1 } else { 4 })?;
+                if matches!(op, b'q' | b'r') { self.keep(key) } else { self.recall(key) }
+            }
+        }
+    }
+
+    fn stack_global(&mut self) -> Result<()> {
+        let ids = self.popped(2)?;
+        match (self.value(ids[0]), self.value(ids[1])) {
+            (Value::Text(module), Value::Text(name)) => {
+                let global = Global::named(module, name)?;
+                self.push(Value::Global(global))
+            }
+            _ => Err("damaged: a name that is no text".into()),
+        }
+    }
+
+    /// ('storage', type, key, location, elements), and None or a view in files of the old kind.
+    fn persistent(&mut self) -> Result<()> {
+        let id = self.pop()?;
+        let Value::Tuple(ids) = self.value(id) else { return Err("damaged: a storage without a description".into()) };
+        let fields: Vec<&Value> = ids.iter().map(|&id| self.value(id)).collect();
+        let storage = match fields[..] {
+            [Value::Text("storage"), Value::Global(Global::Storage(dtype)), Value::Text(key), _, Value::Int(len)]
+            | [
+                Value::Text("storage"),
+                Value::Global(Global::Storage(dtype)),
+                Value::Text(key),
+                _,
+                Value::Int(len),
+                Value::None,
+            ] => {
+                let len = usize::try_from(*len).map_err(|_| format!("a storage of {len} elements"))?;
+                Storage { dtype: *dtype, key, len }
+            }
+            _ => return Err("a storage of unknown description".into()),
+        };
+        self.push(Value::Storage(storage))
+    }
+
+    /// A call of one of the closed list.
+    fn reduce(&mut self) -> Result<()> {
+        let (args, function) = (self.pop()?, self.pop()?);
+        let Value::Tuple(args) = self.value(args) else { return Err("damaged: a call without arguments".into()) };
+        let args = args.clone();
+        match *self.value(function) {
+            Value::Global(Global::OrderedDict) => {
+                let dict = self.ordered_dict(&args)?;
+                self.push(Value::Dict(dict))
+            }
+            Value::Global(Global::RebuildTensor) => {
+                let tensor = self.tensor(&args)?;
+                self.push(Value::Tensor(tensor))
+            }
+            Value::Global(Global::RebuildParameter | Global::Size) if !args.is_empty() => {
+                let inner = self.value(args[0]).clone();
+                match inner {
+                    Value::Tensor(_) | Value::Tuple(_) => self.push(inner),
+                    other => Err(format!("damaged: a parameter made from {}", other.kind())),
+                }
+            }
+            Value::Global(Global::Encode) => self.push(Value::Opaque),
+            ref other => Err(format!("a call of {} is no part of a tensor file: refused", other.kind())),
+        }
+    }
+
+    fn ordered_dict(&self, args: &[Id]) -> Result<Vec<(Id, Id)>> {
+        let Some(&items) = args.first() else { return Ok(vec![]) };
+        let Value::List(items) = self.value(items) else { return Err("damaged: a dict made from no list".into()) };
+        let pair = |&id: &Id| match self.value(id) {
+            Value::List(kv) | Value::Tuple(kv) if kv.len() == 2 => Ok((kv[0], kv[1])),
+            other => Err(format!("damaged: a dict entry that is {}", other.kind())),
+        };
+        items.iter().map(pair).collect()
+    }
+
+    /// (storage, offset, size, strides, …): checked to lie inside its storage.
+    fn tensor(&self, args: &[Id]) -> Result<TensorView<'a>> {
+        let [storage, offset, dims, strides, ..] = args else {
+            return Err("damaged: a tensor of too few fields".into());
+        };
+        let Value::Storage(storage) = self.value(*storage) else {
+            return Err("damaged: a tensor without storage".into());
+        };
+        let (dims, strides) = (self.sizes(*dims)?, self.sizes(*strides)?);
+        if dims.len() != strides.len() || dims.len() > MAX_DIMS {
+            return Err(format!("a tensor of {} sizes and {} strides", dims.len(), strides.len()));
+        }
+        let offset = self.size(*offset)?;
+        let bad = || {
+            format!("a tensor of size {dims:?} and strides {strides:?} at {offset}: its storage has {}", storage.len)
+        };
+        let count = dims.iter().try_fold(1usize, |n, &d| n.checked_mul(d)).ok_or_else(bad)?;
+        let last =
+            dims.iter().zip(&strides).try_fold(offset, |at, (&d, &s)| at.checked_add(s.checked_mul(d.max(1) - 1)?));
+        if count > 0 && last.is_none_or(|last| last >= storage.len) {
+            return Err(bad());
+        }
+        Ok(TensorView { storage: storage.clone(), offset, dims, strides })
+    }
+
+    fn sizes(&self, id: Id) -> Result<Vec<usize>> {
+        match self.value(id) {
+            Value::Tuple(ids) | Value::List(ids) if ids.len() <= MAX_DIMS => {
+                ids.iter().map(|&id| self.size(id)).collect()
+            }
+            other => Err(format!("damaged: the size of a tensor is {}", other.kind())),
+        }
+    }
+
+    fn size(&self, id: Id) -> Result<usize> {
+        match self.value(id) {
+            Value::Int(n) => usize::try_from(*n).map_err(|_| format!("a size or stride of {n}")),
+            other => Err(format!("damaged: a size is {}", other.kind())),
+        }
+    }
+
+    /// The attributes of an ordered dict: versions of the modules, which nothing here depends on.
+    fn build(&mut self) -> Result<()> {
+        let state = self.pop()?;
+        let target = self.top()?;
+        match (self.value(target), self.value(state)) {
+            (Value::Dict(_), Value::Dict(_)) => Ok(()),
+            (target, _) => Err(format!("attributes set on {}: refused", target.kind())),
+        }
+    }
+}
+
+fn pairs(items: Vec<Id>) -> Result<Vec<(Id, Id)>> {
+    let (pairs, []) = items.as_chunks::<2>() else { return Err("damaged: a key without a value".into()) };
+    Ok(pairs.iter().map(|&[k, v]| (k, v)).collect())
+}
