@@ -238,7 +238,7 @@ impl WeightPlan {
         let (y8, x8) = (s.oc.is_multiple_of(8), s.ca.is_multiple_of(8) && s.cb.is_multiple_of(8));
         let taps = if s.upsample { 16 } else { s.k * s.k };
         // Many narrow tiles would waste more than counting columns through taps and channels costs.
-        let flat = !s.upsample && if t.half { !x8 } else { s.c() % 32 != 0 };
+        let flat = !s.upsample && if t.half { !x8 } else { !s.c().is_multiple_of(32) };
         let area =
             |side: usize| s.oc.next_multiple_of(side) * (s.ca.next_multiple_of(side) + s.cb.next_multiple_of(side));
         let tile = match (t.half, y8, x8) {
