@@ -66,7 +66,8 @@ template <class Tile> struct RowSums {
     static_assert(Tile::FRAGS_M == Tile::BN / Tile::WN, "as many fragments of rows as warps to sum them");
     float acc[4] = {};
 
-    DEV void add(const ConvWeight& p, const Split& split, const Tile& tile, const uint32_t (&a)[Tile::FRAGS_M][4], int run, int m0, int tap) {
+    DEV void add(const ConvWeight& p, const Split& split, const Tile& tile, const uint32_t (&a)[Tile::FRAGS_M][4], int run, int m0,
+                 int tap) {
         int mine = tile.warp_n() / Tile::WN;
 #pragma unroll
         for (int i = 0; i < Tile::FRAGS_M; i++)

@@ -5,7 +5,6 @@
 //! plain loops on the rounded operands they may differ by 2^-8 of the result and the f32 bound, and where weights are folded
 //! and then rounded, by 2^-8 Σ|products| more. Held against unrounded operands, their error may be at most twice that of
 //! plain loops over rounded operands with a rounded result.
-#![cfg(feature = "emulator")]
 
 use half::bf16;
 use iddpm::device::driver::{Buffer, Driver, LaunchTraffic, Ptr, Schedule};

@@ -2,6 +2,7 @@
 
 mod bench;
 mod cli;
+#[cfg(feature = "emulator")]
 mod cuda_conv;
 #[cfg(feature = "emulator")]
 mod cuda_ops;
