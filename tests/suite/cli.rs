@@ -29,7 +29,7 @@ fn at(folder: &Path, line: &str) -> Output {
 /// Runs `command` to its end, or kills it and panics.
 fn finish(command: &mut Command, line: &str) -> Output {
     let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    let (id, (done, ended)) = (child.id() as i32, mpsc::channel());
+    let (id, (done, ended)) = (child.id() as i32, mpsc::channel::<()>());
     let watch = std::thread::spawn(move || {
         let hangs = ended.recv_timeout(LIMIT) == Err(mpsc::RecvTimeoutError::Timeout);
         // SAFETY: a signal to a child whose end has not been reported.
