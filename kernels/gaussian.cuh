@@ -37,6 +37,11 @@ DEV float to_unit(uint8_t byte) {
     return __fsub_rn(q, 1.0f);
 }
 
+// What the decoder's likelihood at t = 0 needs in f64.
+struct ExactRow {
+    double k64, m64, coef1, log1;
+};
+
 // One t of the bound and of the losses; sigma is the root of the clipped posterior variance exp(log1).
 struct BoundRow {
     Split a, b;             // target = a x_0 + b eps
@@ -44,7 +49,12 @@ struct BoundRow {
     float k;                // (mean_p - mean_q)/sigma = k error
     float m, c;             // x_0' - x_0 = m error;   (mean_p - mean_q)/sigma = c (x_0' - x_0) unless out is x_prev itself
     float eps_scale, zero;  // (eps' - eps)^2 = eps_scale (x_0' - x_0)^2
-    double k64, m64, coef1, log1;
+};
+
+// A row of the table. The loops keep the first half in registers.
+struct TableRow {
+    BoundRow bound;
+    ExactRow exact;
 };
 
 // u = log_variance - log1 of an element.

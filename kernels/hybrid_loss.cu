@@ -17,19 +17,20 @@ struct Objective {
 constexpr float INV_LN_2 = 1.44269504088896340736f;
 
 // Error of the prediction, and the term of the bound, of one element.
-DEV Term element(float& error, const BoundRow& row, bool nll, bool bound, float x_0, float eps, float out, float v) {
+DEV Term element(float& error, const BoundRow& row, const ExactRow& exact, bool nll, bool bound, float x_0, float eps,
+                 float out, float v) {
     Split target = dot(row.a, x_0, row.b, eps);
     error = (out - target.hi) - target.lo;
     if (!bound) return {0.0f, 0.0f, 0.0f};
     if (!nll) return normal_kl(log_ratio(row, v), row.k * error);
-    double exact = double(out) - (to_double(row.a) * double(x_0) + to_double(row.b) * double(eps));
+    double error64 = double(out) - (to_double(row.a) * double(x_0) + to_double(row.b) * double(eps));
     double ratio = double(row.s) * (double(v) + double(row.z_hi) + double(row.z_lo));
-    return decoder_nll(x_0, row.k64 * exact, row.log1 + ratio, exp(0.5 * row.log1));
+    return decoder_nll(x_0, exact.k64 * error64, exact.log1 + ratio, exp(0.5 * exact.log1));
 }
 
 template <class T>
 DEV void hybrid_loss(T* d_out, float* loss, float* mse, float* vb, const T* out, const float* weight, const void* stored, int kind,
-                     const Images& images, const int32_t* t, const BoundRow* rows, float* partials, uint32_t* arrived,
+                     const Images& images, const int32_t* t, const TableRow* rows, float* partials, uint32_t* arrived,
                      const Objective& objective, const Tiling& g) {
     SMEM(T, staged, [2 * TILE]);
     SMEM(float, eps, [TILE]);
@@ -38,7 +39,7 @@ DEV void hybrid_loss(T* d_out, float* loss, float* mse, float* vb, const T* out,
         int n = int(item / g.tiles), tile = int(item % g.tiles), step = t[n];
         int64_t first = int64_t(tile) * g.tile, at = (n * g.size + first) / g.channels * g.stride;
         int count = int(min(g.size - first, int64_t(g.tile))), out_count = count / g.channels * g.stride;
-        const BoundRow row = rows[step];
+        const BoundRow row = rows[step].bound;
         Image image(images, n);
         copy_tile(staged, out + at, out_count);
         noise(eps, stored, kind, images, n, step, first, count);
@@ -47,10 +48,11 @@ DEV void hybrid_loss(T* d_out, float* loss, float* mse, float* vb, const T* out,
         float scale = weight[n] / (float(g.n) * float(g.size)), vb_scale = scale * objective.vb_scale * INV_LN_2;
         float total[2] = {0.0f, 0.0f};
         Cursor cursor(g);
+#pragma unroll 1
         for (int i = threadIdx.x; i < count; i += THREADS, cursor.next()) {
             T* o = staged + cursor.at();
             float error, v = objective.learned ? to_float(o[g.channels]) : 0.0f;
-            Term term = element(error, row, nll, bound, image.at(first + i), eps[i], to_float(o[0]), v);
+            Term term = element(error, row, rows[step].exact, nll, bound, image.at(first + i), eps[i], to_float(o[0]), v);
             total[0] = fmaf(error, error, total[0]);
             total[1] += term.value;
             float d_mean = objective.mse_scale != 0.0f ? 2.0f * scale * error : vb_scale * row.k * term.d_mean;
@@ -70,15 +72,16 @@ DEV void hybrid_loss(T* d_out, float* loss, float* mse, float* vb, const T* out,
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+// Two blocks, since for three the compiler of sm_120 spills.
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
     hybrid_loss_f32(float* d_out, float* loss, float* mse, float* vb, const float* out, const float* weight, const void* stored,
-                    int32_t kind, const Images images, const int32_t* t, const BoundRow* rows, float* partials, uint32_t* arrived,
+                    int32_t kind, const Images images, const int32_t* t, const TableRow* rows, float* partials, uint32_t* arrived,
                     const Objective objective, const Tiling g) {
     hybrid_loss(d_out, loss, mse, vb, out, weight, stored, kind, images, t, rows, partials, arrived, objective, g);
 }
 extern "C" __global__ void __launch_bounds__(THREADS)
     hybrid_loss_bf16(bf16* d_out, float* loss, float* mse, float* vb, const bf16* out, const float* weight, const void* stored,
-                     int32_t kind, const Images images, const int32_t* t, const BoundRow* rows, float* partials, uint32_t* arrived,
+                     int32_t kind, const Images images, const int32_t* t, const TableRow* rows, float* partials, uint32_t* arrived,
                      const Objective objective, const Tiling g) {
     hybrid_loss(d_out, loss, mse, vb, out, weight, stored, kind, images, t, rows, partials, arrived, objective, g);
 }

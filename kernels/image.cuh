@@ -1,6 +1,6 @@
 // What the kernels over images share: clean images gathered from bytes, noise, tiles and the sums over them.
 //
-// An image is cut into tiles of `tile` neighbouring elements (whole pixels, a multiple of 4 elements); a block takes tile after
+// An image is cut into tiles of `tile` neighbouring elements (whole pixels, a multiple of 8 elements); a block takes tile after
 // tile. The partition is a function of the image's size alone, a tile is summed in a fixed tree, and the tiles of an
 // image are added in their order by whoever finishes last: results do not depend on the grid.
 #pragma once
@@ -81,6 +81,7 @@ struct Stream {
 
 // Draws the normals of elements first .. first + count of a stream into shared memory; first is a multiple of 4.
 DEV void draw(float* eps, const Stream& stream, int64_t first, int count) {
+#pragma unroll 1
     for (int quad = threadIdx.x; 4 * quad < count; quad += THREADS) {
         reinterpret_cast<float4*>(eps)[quad] = stream.normals(first / 4 + quad);
     }
@@ -116,7 +117,10 @@ template <class T> DEV void copy_tile(T* to, const T* from, int count) {
 struct Cursor {
     int pixel, channel, channels, stride;
 
-    DEV Cursor(const Tiling& g) : pixel(threadIdx.x / g.channels), channel(threadIdx.x % g.channels), channels(g.channels), stride(g.stride) {}
+    DEV Cursor(const Tiling& g) : channels(g.channels), stride(g.stride) {
+        pixel = threadIdx.x / channels;
+        channel = threadIdx.x % channels;
+    }
     DEV int at() const { return pixel * stride + channel; }
     DEV void next() {
         pixel += THREADS / channels;

@@ -1,10 +1,12 @@
 // One reverse step of a sampler, in place: x_t becomes x_{t-1}.   src/ops/p_sample.rs
 //   x: (n, h, w, C) f32; out: (n, h, w, C or 2C) f32 or bf16; copy: x_{t-1} as bf16 for the next forward pass, or null;
-//   predicted: the x_0 it was made from, f32, or null; seeds: (n, 2) words; given: noise instead of drawn, or null; t: one for all images, in the control block.
+//   predicted: the x_0 it was made from, f32, or null; seeds: (n, 2) words; given: noise in place of the drawn, f32, or null;
+//   t: one for all images, in the control block.
 // Moves 8 + 4 + 2 bytes per element with 2C bf16 outputs and the copy (+ 4 with predicted). Every sampler is linear in the clipped
 //     x_0 = p x_t + q out,   x_next = c_0 x_0 + c_t x_t + c_out out + sigma exp(u/2) noise
-// with coefficients by t; sigma is 0 where there is no noise. p x_t - q out cancels at late t (p is 157 at the end of the linear schedule,
-// more with cosine): p and q are two floats each, which leaves 1e-7 of x_0 where f32 leaves 3e-5. Error: 1e-6 of the terms' sum.
+// with coefficients by t; sigma is 0 where there is no noise. p x_t + q out cancels at late t (p is 157 at the end of the linear
+// schedule, more with cosine): p and q are two floats each, which leaves 3e-7 of x_0 where f32 leaves 3e-5. Error of x_next:
+// 1e-6 of the sum of its terms.
 #include "image.cuh"
 
 struct ReverseRow {
@@ -19,8 +21,8 @@ struct Reverse {
 };
 
 template <class T>
-DEV void p_sample(float* x, bf16* copy, float* predicted, const T* out, const int32_t* seeds, const float* given, const Control* control,
-                  const ReverseRow* rows, const Reverse& reverse, const Tiling& g) {
+DEV void p_sample(float* x, bf16* copy, float* predicted, const T* out, const int32_t* seeds, const float* given,
+                  const Control* control, const ReverseRow* rows, const Reverse& reverse, const Tiling& g) {
     SMEM(T, staged, [2 * TILE]);
     SMEM(float, noise, [TILE]);
     uint32_t t = control->t;
@@ -38,6 +40,7 @@ DEV void p_sample(float* x, bf16* copy, float* predicted, const T* out, const in
         }
         __syncthreads();
         Cursor cursor(g);
+#pragma unroll 2
         for (int i = threadIdx.x; i < count; i += THREADS, cursor.next()) {
             const T* o = staged + cursor.at();
             float x_t = x[start + i], mean = to_float(o[0]), v = reverse.learned ? to_float(o[g.channels]) : 0.0f;
@@ -54,13 +57,13 @@ DEV void p_sample(float* x, bf16* copy, float* predicted, const T* out, const in
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 4)
-    p_sample_f32(float* x, bf16* copy, float* predicted, const float* out, const int32_t* seeds, const float* given, const Control* control,
-                 const ReverseRow* rows, const Reverse reverse, const Tiling g) {
+extern "C" __global__ void __launch_bounds__(THREADS)
+    p_sample_f32(float* x, bf16* copy, float* predicted, const float* out, const int32_t* seeds, const float* given,
+                 const Control* control, const ReverseRow* rows, const Reverse reverse, const Tiling g) {
     p_sample(x, copy, predicted, out, seeds, given, control, rows, reverse, g);
 }
-extern "C" __global__ void __launch_bounds__(THREADS, 4)
-    p_sample_bf16(float* x, bf16* copy, float* predicted, const bf16* out, const int32_t* seeds, const float* given, const Control* control,
-                  const ReverseRow* rows, const Reverse reverse, const Tiling g) {
+extern "C" __global__ void __launch_bounds__(THREADS)
+    p_sample_bf16(float* x, bf16* copy, float* predicted, const bf16* out, const int32_t* seeds, const float* given,
+                  const Control* control, const ReverseRow* rows, const Reverse reverse, const Tiling g) {
     p_sample(x, copy, predicted, out, seeds, given, control, rows, reverse, g);
 }

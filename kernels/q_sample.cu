@@ -58,9 +58,10 @@ DEV void clean(float (&x_0)[EACH], const Image& image, int64_t i, int count) {
     }
 }
 
-// eps of elements at .. at + count of the batch, i .. of image n.
+// x_t of elements i .. i + count of image n.
 template <class T>
-DEV void noised(T* x_t, void* stored, int kind, int store_type, const Images& images, int n, int t, const QSampleRow& row, int64_t i, int count) {
+DEV void noised(T* x_t, void* stored, int kind, int store_type, const Images& images, int n, int t, const QSampleRow& row,
+                int64_t i, int count) {
     float x_0[EACH] = {}, eps[EACH] = {}, x[EACH];
     int64_t at = n * images.size + i;
     clean(x_0, Image(images, n), i, count);
@@ -92,7 +93,8 @@ DEV void noised(T* x_t, void* stored, int kind, int store_type, const Images& im
 }
 
 template <class T>
-DEV void q_sample(T* x_t, void* stored, int kind, int store_type, const Images& images, const int32_t* t, const QSampleRow* rows, const Tiling& g) {
+DEV void q_sample(T* x_t, void* stored, int kind, int store_type, const Images& images, const int32_t* t,
+                  const QSampleRow* rows, const Tiling& g) {
     for (int64_t item = blockIdx.x; item < int64_t(g.n) * g.tiles; item += gridDim.x) {
         int n = int(item / g.tiles);
         int64_t tile = item % g.tiles, i = tile * g.tile + threadIdx.x * EACH;
@@ -102,10 +104,12 @@ DEV void q_sample(T* x_t, void* stored, int kind, int store_type, const Images& 
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    q_sample_f32(float* x_t, void* stored, int32_t kind, int32_t store_type, const Images images, const int32_t* t, const QSampleRow* rows, const Tiling g) {
+    q_sample_f32(float* x_t, void* stored, int32_t kind, int32_t store_type, const Images images, const int32_t* t,
+                 const QSampleRow* rows, const Tiling g) {
     q_sample(x_t, stored, kind, store_type, images, t, rows, g);
 }
 extern "C" __global__ void __launch_bounds__(THREADS)
-    q_sample_bf16(bf16* x_t, void* stored, int32_t kind, int32_t store_type, const Images images, const int32_t* t, const QSampleRow* rows, const Tiling g) {
+    q_sample_bf16(bf16* x_t, void* stored, int32_t kind, int32_t store_type, const Images images, const int32_t* t,
+                  const QSampleRow* rows, const Tiling g) {
     q_sample(x_t, stored, kind, store_type, images, t, rows, g);
 }

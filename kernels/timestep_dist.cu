@@ -13,7 +13,8 @@ struct Distribution {
 };
 
 // Takes the losses of the previous step into the history.
-DEV void update(float* losses, int32_t* counts, const int32_t* t, const float* loss, const Distribution& d, int32_t* seen_t, float* seen_loss) {
+DEV void update(float* losses, int32_t* counts, const int32_t* t, const float* loss, const Distribution& d, int32_t* seen_t,
+                float* seen_loss) {
     for (int first = 0; first < d.n; first += THREADS) {
         int here = min(d.n - first, THREADS);
         if (int(threadIdx.x) < here) {

@@ -13,7 +13,8 @@ struct Evaluation {
 };
 
 // Nats of one element; difference: x_0' - x_0.
-DEV float element(float& difference, const BoundRow& row, const Evaluation& e, bool nll, float x_0, float eps, float out, float v) {
+DEV float element(float& difference, const BoundRow& row, const ExactRow& exact, const Evaluation& e, bool nll, float x_0,
+                  float eps, float out, float v) {
     float low = -1.0f - x_0, high = 1.0f - x_0;
     if (!nll) {
         Split target = dot(row.a, x_0, row.b, eps);
@@ -22,16 +23,16 @@ DEV float element(float& difference, const BoundRow& row, const Evaluation& e, b
         if (e.clip) difference = fminf(fmaxf(difference, low), high);
         return normal_kl(log_ratio(row, v), e.x_prev ? row.k * error : row.c * difference).value;
     }
-    double exact = double(out) - (to_double(row.a) * double(x_0) + to_double(row.b) * double(eps));
-    double ratio = double(row.s) * (double(v) + double(row.z_hi) + double(row.z_lo)), x_0_error = row.m64 * exact;
+    double error64 = double(out) - (to_double(row.a) * double(x_0) + to_double(row.b) * double(eps));
+    double ratio = double(row.s) * (double(v) + double(row.z_hi) + double(row.z_lo)), x_0_error = exact.m64 * error64;
     if (e.clip) x_0_error = fmin(fmax(x_0_error, -1.0 - double(x_0)), 1.0 - double(x_0));
     difference = float(x_0_error);
-    return decoder_nll(x_0, e.x_prev ? row.k64 * exact : row.coef1 * x_0_error, row.log1 + ratio, 1.0).value;
+    return decoder_nll(x_0, e.x_prev ? exact.k64 * error64 : exact.coef1 * x_0_error, exact.log1 + ratio, 1.0).value;
 }
 
 template <class T>
 DEV void vb_terms(float* vb, float* x_0_mse, float* eps_mse, const T* out, const void* stored, int kind, const Images& images,
-                  const int32_t* t, const BoundRow* rows, float* partials, uint32_t* arrived, const Evaluation& e, const Tiling& g) {
+                  const int32_t* t, const TableRow* rows, float* partials, uint32_t* arrived, const Evaluation& e, const Tiling& g) {
     SMEM(T, staged, [2 * TILE]);
     SMEM(float, eps, [TILE]);
     SMEM(float, sums, [2 * THREADS / 32]);
@@ -39,17 +40,19 @@ DEV void vb_terms(float* vb, float* x_0_mse, float* eps_mse, const T* out, const
         int n = int(item / g.tiles), tile = int(item % g.tiles), step = t[n];
         int64_t first = int64_t(tile) * g.tile, at = (n * g.size + first) / g.channels * g.stride;
         int count = int(min(g.size - first, int64_t(g.tile)));
-        const BoundRow row = rows[step];
+        const BoundRow row = rows[step].bound;
         Image image(images, n);
         copy_tile(staged, out + at, count / g.channels * g.stride);
         noise(eps, stored, kind, images, n, step, first, count);
         __syncthreads();
         float total[2] = {0.0f, 0.0f};
         Cursor cursor(g);
+#pragma unroll 1
         for (int i = threadIdx.x; i < count; i += THREADS, cursor.next()) {
             const T* o = staged + cursor.at();
             float difference, v = e.learned ? to_float(o[g.channels]) : 0.0f;
-            total[0] += element(difference, row, e, step == 0 && e.nll_first, image.at(first + i), eps[i], to_float(o[0]), v);
+            bool nll = step == 0 && e.nll_first;
+            total[0] += element(difference, row, rows[step].exact, e, nll, image.at(first + i), eps[i], to_float(o[0]), v);
             total[1] = fmaf(difference, difference, total[1]);
         }
         block_sum(total, sums);
@@ -65,11 +68,11 @@ DEV void vb_terms(float* vb, float* x_0_mse, float* eps_mse, const T* out, const
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     vb_terms_f32(float* vb, float* x_0_mse, float* eps_mse, const float* out, const void* stored, int32_t kind, const Images images,
-                 const int32_t* t, const BoundRow* rows, float* partials, uint32_t* arrived, const Evaluation e, const Tiling g) {
+                 const int32_t* t, const TableRow* rows, float* partials, uint32_t* arrived, const Evaluation e, const Tiling g) {
     vb_terms(vb, x_0_mse, eps_mse, out, stored, kind, images, t, rows, partials, arrived, e, g);
 }
 extern "C" __global__ void __launch_bounds__(THREADS)
     vb_terms_bf16(float* vb, float* x_0_mse, float* eps_mse, const bf16* out, const void* stored, int32_t kind, const Images images,
-                  const int32_t* t, const BoundRow* rows, float* partials, uint32_t* arrived, const Evaluation e, const Tiling g) {
+                  const int32_t* t, const TableRow* rows, float* partials, uint32_t* arrived, const Evaluation e, const Tiling g) {
     vb_terms(vb, x_0_mse, eps_mse, out, stored, kind, images, t, rows, partials, arrived, e, g);
 }

@@ -44,7 +44,8 @@ else
     preload=$($cxx -print-file-name=libtsan.so)
 fi
 export ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1
-export TSAN_OPTIONS=halt_on_error=1:report_signal_unsafe=0
+# The test program is not instrumented, so ThreadSanitizer does not see what orders its threads: only kernels are judged.
+export TSAN_OPTIONS=halt_on_error=1:report_signal_unsafe=0:ignore_noninstrumented_modules=1
 
 headers=$(cat kernels/*.cuh kernels/emu/*.h | cksum)
 compile() { # source, flags: once per content
@@ -79,7 +80,6 @@ else
              bug_missing_second_barrier   1 0 1 data.race
              bug_missing_syncwarp         1 0 1 data.race
              bug_race_between_blocks      2 0 1 data.race
-             bug_cp_async_wait_too_weak   1 0 1 deadlock|data.race|clean
              bug_stage_released_early     1 0 1 data.race
              bug_divergent_barrier        1 0 1 divergent.barrier"
 fi

@@ -86,8 +86,7 @@ impl Tape<'_> {
     /// A new value for the gradient of `v`, and the earlier contributions, which the step that writes it must add.
     fn fresh(&mut self, v: Val) -> (Val, Option<Val>) {
         let add = self.gradient(v);
-        let (name, shape) = (format!("d {}", self.g[v].name), self.g.shape(v));
-        let dv = self.g.arena(&name, shape);
+        let dv = self.g.like(&format!("d {}", self.g[v].name), v);
         self.give(v, dv);
         (dv, add)
     }

@@ -7,6 +7,7 @@
 
 pub mod ceilings;
 pub mod configs;
+pub mod gpu_rates;
 pub mod kernels;
 pub mod load;
 pub mod record;

@@ -110,6 +110,9 @@ pub struct ModelConfig {
     /// Channels of one attention head, in place of the numbers of heads.
     #[serde(default)]
     pub num_head_channels: Option<usize>,
+    /// Super-resolution: height and width of the small images, which the network sees enlarged beside x.
+    #[serde(default)]
+    pub low_res: Option<usize>,
     /// Residual blocks change the size, in place of single layers.
     #[serde(default)]
     pub resblock_updown: bool,
@@ -135,6 +138,7 @@ impl Default for ModelConfig {
             use_scale_shift_norm: true,
             conv_resample: true,
             num_head_channels: None,
+            low_res: None,
             resblock_updown: false,
             use_new_attention_order: false,
         }
@@ -287,6 +291,7 @@ impl Config {
         let pixels: Vec<usize> = m.attention_resolutions.iter().map(|f| m.image_size / f).collect();
         vec![
             ("image-size", m.image_size.to_string()),
+            ("small-size", m.low_res.map_or("-1".into(), |s| s.to_string())),
             ("channels", m.in_channels.to_string()),
             ("num-channels", m.model_channels.to_string()),
             ("num-res-blocks", m.num_res_blocks.to_string()),
@@ -323,6 +328,13 @@ impl Config {
             ("flip", t.flip.to_string()),
             ("seed", t.seed.to_string()),
         ]
+    }
+}
+
+impl ModelConfig {
+    /// Channels that the first convolution takes: those of x, and of the enlarged small image.
+    pub fn input_channels(&self) -> usize {
+        if self.low_res.is_some() { 2 * self.in_channels } else { self.in_channels }
     }
 }
 

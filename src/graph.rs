@@ -229,6 +229,12 @@ impl Graph {
         self.value(name, shape, dtype, Place::Arena)
     }
 
+    /// A new value in the arena of the size and type of `v`.
+    pub fn like(&mut self, name: &str, v: Val) -> Val {
+        let Value { shape, dtype, .. } = self[v];
+        self.value(name, shape, dtype, Place::Arena)
+    }
+
     /// A new value at the end of `region`.
     pub fn fixed(&mut self, name: &str, shape: Shape, dtype: DType, region: Region) -> Val {
         let at = self.region_bytes[region as usize].next_multiple_of(ALIGN);

@@ -91,6 +91,9 @@ impl Nll {
         if settings.batch == 0 {
             return Err(Error::Config("batch_size 0: the evaluation needs a batch of at least 1".into()));
         }
+        if model.low_res.is_some() {
+            return Err(Error::Config("bits/dim of a model of super-resolution are not defined here".into()));
+        }
         let process = Arc::new(Process::from_config(diffusion)?);
         let mut g = Graph::new();
         let vals = params.declare(&mut g);

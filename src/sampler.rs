@@ -4,10 +4,11 @@
 //! number of threads.
 
 use crate::config::{DiffusionConfig, ModelConfig};
+use crate::data::low_res::LowRes;
 use crate::device::{Device, Plan, PlanId};
 use crate::diffusion::gaussian::Output;
 use crate::error::{Error, Result};
-use crate::graph::{DType, Graph, Region, Shape, Val};
+use crate::graph::{DType, Graph, Region, Shape, Source, Val};
 use crate::ops::Control;
 use crate::ops::p_sample::{PSample, Reverse};
 use crate::rng;
@@ -33,6 +34,7 @@ pub struct Sampler {
     x_0: Val,
     time: Val,
     labels: Option<Val>,
+    low_res: Option<Val>,
     seeds: Val,
     control: Val,
     shape: Shape,
@@ -83,7 +85,7 @@ fn record(
     params: &Params,
     settings: &SampleSettings,
     process: &Arc<Process>,
-) -> (Graph, [Val; 5], Option<Val>) {
+) -> (Graph, [Val; 5], [Option<Val>; 2]) {
     let mut g = Graph::new();
     let vals = params.declare(&mut g);
     let rows = Shape::rows(settings.batch, 1);
@@ -94,12 +96,13 @@ fn record(
     let labels = model.num_classes.map(|_| g.fixed("labels", rows, DType::I32, Region::Inputs));
     let x = g.fixed("x", size, DType::F32, Region::State);
     let x_0 = g.fixed("x_0", size, DType::F32, Region::State);
-    let out = unet::record(&mut g, model, &vals, x.into(), time, labels, None).out;
+    let low_res = model.low_res.map(|_| g.fixed("low_res", size, DType::F32, Region::Inputs));
+    let out = unet::record(&mut g, model, &vals, Source { a: x, b: low_res }, time, labels, None).out;
     g.scope("sample");
     let output = Output { mean_type: diffusion.mean_type, var_type: diffusion.var_type };
     let (reverse, clip, process) = (settings.reverse, settings.clip, process.clone());
     g.push(PSample { x, copy: None, x_0: Some(x_0), out, seeds, noise: None, control, reverse, output, clip, process });
-    (g, [x, x_0, time, seeds, control], labels)
+    (g, [x, x_0, time, seeds, control], [labels, low_res])
 }
 
 /// The plan that [`Sampler::new`] binds, for printing.
@@ -132,11 +135,12 @@ impl Sampler {
             return Err(Error::Config("batch_size 0: sampling needs a batch of at least 1".into()));
         }
         let process = Arc::new(Process::from_config(diffusion)?);
-        let (g, [x, x_0, time, seeds, control], labels) = record(model, diffusion, params, settings, &process);
+        let (g, [x, x_0, time, seeds, control], [labels, low_res]) =
+            record(model, diffusion, params, settings, &process);
         let (shape, classes) = (g.shape(x), model.num_classes);
         let id = device.bind(Plan::new(g, true))?;
         let rescale = diffusion.rescale_timesteps;
-        Ok(Sampler { id, x, x_0, time, labels, seeds, control, shape, classes, process, rescale })
+        Ok(Sampler { id, x, x_0, time, labels, low_res, seeds, control, shape, classes, process, rescale })
     }
 
     /// The bound plan, to choose its weights.
@@ -154,11 +158,44 @@ impl Sampler {
     /// `each` is called after every step; an error of its own ends the walk.
     ///
     /// # Errors
-    /// Labels that are missing, superfluous or no class of the model.
+    /// Labels that are missing, superfluous or no class of the model; a model of super-resolution.
     pub fn run(
         &self,
         device: &mut Device,
         pictures: Pictures,
+        each: &mut dyn FnMut(&Walk) -> Result<()>,
+    ) -> Result<Vec<f32>> {
+        if self.low_res.is_some() {
+            return Err(Error::Config("a model of super-resolution needs small images: give --base-samples".into()));
+        }
+        self.walk(device, pictures, None, each)
+    }
+
+    /// Enlarges small images: as [`Self::run`], picture i from image i of `low_res`, over again if there are fewer.
+    ///
+    /// # Errors
+    /// Those of [`Self::run`]; a model that enlarges nothing, or small images of another size.
+    pub fn enlarge(
+        &self,
+        device: &mut Device,
+        pictures: Pictures,
+        low_res: &LowRes,
+        each: &mut dyn FnMut(&Walk) -> Result<()>,
+    ) -> Result<Vec<f32>> {
+        let fits = self.low_res.is_some() && low_res.c == self.shape.c && !low_res.is_empty();
+        if !fits {
+            let (small, c) = (low_res.small, low_res.c);
+            let what = format!("{} images of {small}x{small}x{c} cannot be enlarged by this model", low_res.len());
+            return Err(Error::Config(what));
+        }
+        self.walk(device, pictures, Some(low_res), each)
+    }
+
+    fn walk(
+        &self,
+        device: &mut Device,
+        pictures: Pictures,
+        low_res: Option<&LowRes>,
         each: &mut dyn FnMut(&Walk) -> Result<()>,
     ) -> Result<Vec<f32>> {
         self.check_labels(pictures)?;
@@ -169,6 +206,7 @@ impl Sampler {
             let first = batch * self.shape.n;
             let labels = pictures.labels.map(|l| &l[first..first + seeds.len()]);
             self.start(device, seeds, labels)?;
+            self.write_low_res(device, first, low_res)?;
             for k in 0..steps {
                 self.step(device, steps - 1 - k)?;
                 let done = batch * steps + k + 1;
@@ -213,6 +251,16 @@ impl Sampler {
             device.write(self.id, v, &all)?;
         }
         Ok(())
+    }
+
+    /// Writes the small images of the batch whose first picture is `first`.
+    fn write_low_res(&self, device: &mut Device, first: usize, low_res: Option<&LowRes>) -> Result<()> {
+        let (Some(v), Some(low_res)) = (self.low_res, low_res) else { return Ok(()) };
+        let mut all = vec![0.0; self.shape.len()];
+        for (n, out) in all.chunks_exact_mut(self.shape.len() / self.shape.n).enumerate() {
+            low_res.enlarge((first + n) % low_res.len(), self.shape.h, out);
+        }
+        device.write(self.id, v, &all)
     }
 
     /// One reverse step from `t`.

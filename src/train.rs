@@ -10,6 +10,7 @@ pub mod run;
 
 use crate::checkpoint::{Checkpoint, Progress, Slot, Snapshot, StateValue};
 use crate::config::Config;
+use crate::data::low_res::LowRes;
 use crate::data::{Batches, Dataset};
 use crate::device::{Device, Plan, PlanId};
 use crate::error::{Error, Result};
@@ -35,12 +36,15 @@ pub struct Trainer {
     betas: [f64; 2],
     batches: Batches,
     labels: Vec<i32>,
+    /// The small images of the data, in super-resolution.
+    pub low_res: Option<LowRes>,
     buffers: Buffers,
 }
 
 /// Host copies of what a step writes, allocated once.
 struct Buffers {
     labels: Vec<i32>,
+    low_res: Vec<f32>,
     t: Vec<i32>,
     weight: Vec<f32>,
     loss: Vec<f32>,
@@ -95,7 +99,8 @@ impl Trainer {
         let labels = data.labels.clone().unwrap_or_default();
         let hyper = plan::hyper(&config);
         let betas = [hyper.beta1, hyper.beta2];
-        Ok(Trainer { config, params, device, step: 0, id, vals, betas, batches, labels, buffers })
+        let low_res = config.model.low_res.map(|small| LowRes::of(data, small));
+        Ok(Trainer { config, params, device, step: 0, id, vals, betas, batches, labels, low_res, buffers })
     }
 
     /// Goes on where `checkpoint` was saved. The configuration must be the one it holds but for the number of steps.
@@ -237,6 +242,13 @@ impl Trainer {
             }
             self.device.write(self.id, labels, &self.buffers.labels)?;
         }
+        if let (Some(v), Some(low_res)) = (self.vals.low_res, &self.low_res) {
+            let size = self.buffers.low_res.len() / index.len();
+            for (out, &i) in self.buffers.low_res.chunks_exact_mut(size).zip(index) {
+                low_res.enlarge(i as usize, self.config.model.image_size, out);
+            }
+            self.device.write(self.id, v, &self.buffers.low_res)?;
+        }
         let k = self.step as f64 + 1.0;
         let control = Control {
             seed: self.config.train.seed,
@@ -283,6 +295,7 @@ impl Buffers {
         let floats = || vec![0.0; batch];
         Buffers {
             labels: vec![0; batch],
+            low_res: vals.low_res.map_or_else(Vec::new, |v| vec![0.0; plan.graph.shape(v).len()]),
             t: vec![0; batch],
             weight: floats(),
             loss: floats(),

@@ -128,7 +128,7 @@ def measure(fn, device, blocks=5, block_s=0.2, warmup=3, max_iters=2000, limit_s
         taken.append(block(fn, device, iters))
     busy = len(quiet) < FEWEST
     used = taken if busy else quiet
-    times, foreign = [t for t, _ in used], [f for _, f in used if f is not None]
+    times, foreign = [b[0] for b in used], [b[1] for b in used if b[1] is not None]
     median = statistics.median(times)
     return {"s": median, "min_s": min(times), "max_s": max(times), "spread": (max(times) - min(times)) / median,
             "blocks": len(used), "calls": iters, "busy": busy,

@@ -5,7 +5,8 @@ machine alone, a block of ours and a block of one of PyTorch's variants are time
 second each. A pair counts if nobody else used more than 6 % of the cores during either. The ratio is the median over such
 pairs of (PyTorch's time / ours), for the variant where it is smallest; it is given only if both sides ran the same network
 (parameter count), batch and number of threads, at least five pairs count, the peer passes the golden vectors, and the losses
-of both sides agree in a short training run. Otherwise the table says why not.
+of both sides agree in a short training run. Otherwise the table says why not. On a machine that is never quiet,
+--processor-time compares the processor seconds of one thread on each side, which others hardly change.
 """
 
 import argparse
@@ -61,14 +62,29 @@ class Side:
         return json.loads(line)
 
     def block(self):
+        before = processor_seconds(self.process.pid)
         self.process.stdin.write("\n")
         self.process.stdin.flush()
-        self.blocks.append(self.answer())
-        return self.blocks[-1]
+        block = self.answer()
+        after = processor_seconds(self.process.pid)
+        block["processor_s"] = (after - before) / block["calls"] if after else None
+        self.blocks.append(block)
+        return block
 
     def stop(self):
         self.process.stdin.close()
         self.process.wait()
+
+
+def processor_seconds(pid):
+    """Processor time of a process so far, all its threads together; 0 where the system does not tell."""
+    total = 0
+    for path in pathlib.Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        try:
+            total += int(path.read_text().split()[0])
+        except OSError:  # a thread that has ended
+            pass
+    return total * 1e-9
 
 
 def peer_side(o, name, workload):
@@ -103,9 +119,9 @@ def calm(seconds=0.3):
     return share is None or share <= QUIET
 
 
-def wait(until):
-    """Wait for a quiet machine, at most to the given time."""
-    while not calm() and time.monotonic() < until:
+def wait(o, until):
+    """Wait for a quiet machine, at most to the given time; processor time needs none."""
+    while not o.processor_time and not calm() and time.monotonic() < until:
         time.sleep(1)
 
 
@@ -119,7 +135,7 @@ def run(o, workload):
     ready = []
     for name in names:
         print(f"{label}: starting {name}", file=sys.stderr, flush=True)
-        wait(time.monotonic() + o.limit_s / len(names))
+        wait(o, time.monotonic() + o.limit_s / len(names))
         side = our_side(o, workload) if name == "iddpm" else peer_side(o, name, workload)
         try:
             side.start()
@@ -133,28 +149,28 @@ def run(o, workload):
     # A round is, for each of PyTorch's variants, a block of ours and one of the variant's, in changing order.
     while ready and (rounds < FEWEST or time.monotonic() - begin < o.limit_s):
         for pair in [[ours, peer] for peer in peers] if ours and peers else [ready]:
-            wait(begin + o.limit_s)
+            wait(o, begin + o.limit_s)
             blocks = {side.name: side.block() for side in (pair if rounds % 2 else pair[::-1])}
-            if len(blocks) == 2 and all(map(quiet, blocks.values())):
-                pairs[pair[1].name].append(blocks[pair[1].name]["s"] / blocks["iddpm"]["s"])
+            if len(blocks) == 2 and all(map(o.counts, blocks.values())):
+                pairs[pair[1].name].append(blocks[pair[1].name][o.clock] / blocks["iddpm"][o.clock])
         rounds += 1
-        done = pairs.values() if pairs and ours else [[b for b in side.blocks if quiet(b)] for side in ready]
+        done = pairs.values() if pairs and ours else [[b for b in side.blocks if o.counts(b)] for side in ready]
         if all(len(x) >= o.rounds for x in done):
             break
     for side in ready:
         side.stop()
-        row["sides"][side.name] = dict(side.head, **summary(side.blocks))
+        row["sides"][side.name] = dict(side.head, **summary(o, side.blocks))
     row["rounds"] = rounds
     add_ratio(o, row, ours, peers, pairs)
     return row
 
 
-def summary(blocks):
+def summary(o, blocks):
     """Milliseconds over the undisturbed blocks; over all of them, marked busy, if those are too few."""
-    used = [b for b in blocks if quiet(b)]
+    used = [b for b in blocks if o.counts(b)]
     busy = len(used) < FEWEST
     used = blocks if busy else used
-    seconds, foreign = [b["s"] for b in used], [b["foreign"] for b in used if b["foreign"] is not None]
+    seconds, foreign = [b[o.clock] for b in used], [b["foreign"] for b in used if b["foreign"] is not None]
     median = statistics.median(seconds)
     return dict(ms=1e3 * median, min_ms=1e3 * min(seconds), max_ms=1e3 * max(seconds), spread=(max(seconds) - min(seconds)) / median,
                 blocks=len(used), blocks_taken=len(blocks), busy=busy, foreign=statistics.median(foreign) if foreign else None)
@@ -240,9 +256,12 @@ def commit():
 def markdown(record):
     """The record as Markdown: one table of training steps, one of reverse steps."""
     m, lines = record["machine"], []
-    lines.append(f"{record['date']}, commit {record['commit']}, {m['cpu']} ({record['threads']} threads of {m['cores']} cores, "
+    lines.append(f"{record['date']}, commit {record['commit']}, {m['cpu']} ({record['threads']} thread{'s' if record['threads'] > 1 else ''} of {m['cores']} cores, "
                  f"{m['system']}), {record['peer']}.")
     lines.append("")
+    clock = "milliseconds, median over undisturbed blocks"
+    if record["clock"] == "processor":
+        clock = "milliseconds of one thread's processor time (the machine was shared), median over blocks"
     for kind, title in (("train", "Training step"), ("sample", "One reverse step")):
         rows = [r for r in record["rows"] if r["kind"] == kind]
         if not rows:
@@ -250,7 +269,7 @@ def markdown(record):
         names = list(dict.fromkeys(n for r in rows for n in [*r["sides"], *r["notes"]] if n != "iddpm"))
         head = ["config", "batch"] + (["sampler"] if kind == "sample" else []) + ["iddpm ms"] + [f"{n} ms" for n in names]
         head += ["ratio to the fastest", "range over pairs", "pairs"]
-        lines += [f"**{title}**, milliseconds, median over undisturbed blocks (fastest in brackets), f32 on both sides", ""]
+        lines += [f"**{title}**, {clock} (fastest in brackets), f32 on both sides", ""]
         lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         for r in rows:
             cell = lambda n: milliseconds(r["sides"].get(n))
@@ -297,6 +316,7 @@ def words(text):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--binary", default=str(ROOT / "target" / "release" / "iddpm"))
+    p.add_argument("--commit", help="what the program was built from, if not the working folder's commit")
     p.add_argument("--python", default="", help="a Python with PyTorch; empty: the peer is not measured")
     p.add_argument("--peer-missing", default="no PyTorch", help="why the peer is not measured")
     p.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
@@ -306,6 +326,8 @@ def main():
     p.add_argument("--samplers", type=words, default=["ancestral"], help="ancestral,ddim")
     p.add_argument("--variants", type=words, default=["P0", "P1", "P2"], help="tiers of the peer")
     p.add_argument("--rounds", type=int, default=11, help="undisturbed pairs wanted with each variant")
+    p.add_argument("--processor-time", action="store_true",
+                   help="for a machine that is never quiet: one thread on each side, processor seconds instead of the clock's")
     p.add_argument("--limit-s", type=float, default=60, help="seconds per workload after which no round starts")
     p.add_argument("--block-s", type=float, default=0.25)
     p.add_argument("--curve-steps", type=int, default=300, help="of the short training run; 0: none, and no ratios")
@@ -314,6 +336,8 @@ def main():
     o = p.parse_args()
     if unknown := [w for w in o.variants if w not in ("P0", "P1", "P2")]:
         p.error(f"--variants {','.join(unknown)}: there are P0, P1, P2")
+    o.clock, o.counts = ("processor_s", lambda block: True) if o.processor_time else ("s", quiet)
+    o.threads = 1 if o.processor_time else o.threads
     o.variants = [n for n in VARIANTS if n.split()[0] in o.variants]
     record = measure(o)
     text = markdown(record)
@@ -325,7 +349,8 @@ def main():
 
 def measure(o):
     record = dict(name=o.name, date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-                  commit=commit(), machine=machine(), threads=o.threads, block_s=o.block_s, quiet=QUIET, rows=[])
+                  commit=o.commit or commit(), machine=machine(), threads=o.threads, block_s=o.block_s, quiet=QUIET,
+                  clock="processor" if o.processor_time else "wall", rows=[])
     with tempfile.TemporaryDirectory() as o.scratch:
         o.no_ratio = None
         if o.python:

@@ -10,8 +10,7 @@ class Load:
     """Processor time used so far by everybody (stolen time included) and by this process."""
 
     def __init__(self):
-        self.at, own = time.perf_counter(), os.times()
-        self.own = own.user + own.system
+        self.at, self.own = time.perf_counter(), time.process_time()
         try:
             with open("/proc/stat") as f:
                 lines = f.read().splitlines()

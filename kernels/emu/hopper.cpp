@@ -34,7 +34,7 @@ void mbar_init(uint64_t* bar, int count) {
 static void mbar_update(uint64_t* bar, unsigned arrivals, int64_t tx_bytes) {
     MBarrier m = mbar_load(bar);
     if (arrivals > m.pending) fail("mbarrier: more arrivals than its count of %u in one phase", unsigned(m.count));
-    edge_release(bar);
+    edge_release(reinterpret_cast<char*>(bar) + m.phase);
     m.tx_bytes += tx_bytes;
     m.pending -= arrivals;
     if (!m.pending && !m.tx_bytes) {
@@ -50,7 +50,7 @@ void mbar_arrive(uint64_t* bar, uint32_t tx_bytes, int rank) {
 bool mbar_try_wait(uint64_t* bar, uint32_t parity) {
     if (parity > 1) fail("mbarrier: a parity of %u", parity);
     if (mbar_load(bar).phase != parity) {
-        edge_acquire(bar);
+        edge_acquire(reinterpret_cast<char*>(bar) + parity);
         return true;
     }
     yield();
@@ -227,7 +227,7 @@ void cluster_arrive() {
     if (self()->cluster_arrived) fail("cluster barrier: a second arrival before the wait");
     self()->cluster_arrived = true;
     self()->cluster_phase = w.cluster_phase;
-    edge_release(&w.cluster_phase);
+    edge_release(edge_at(w.block[0], EDGE_CLUSTER, w.cluster_phase));
     if (++w.cluster_arrivals < w.blocks * w.block[0].threads) return;
     w.cluster_arrivals = 0;
     w.cluster_phase++;
@@ -245,7 +245,7 @@ void cluster_wait() {
         warp_of(t).ready &= ~(1u << t->lane);
         wait_for_others();
     }
-    edge_acquire(&w.cluster_phase);
+    edge_acquire(edge_at(w.block[0], EDGE_CLUSTER, t->cluster_phase));
 }
 
 // ---- wgmma: computed at its wait (lazy) or when the group is committed (eager) ----
@@ -283,6 +283,21 @@ static void load_operand(uint64_t descriptor, bool mn_major, unsigned rows, floa
         }
     }
 }
+// One row of d, from the registers of its four threads or back to them.
+static void move_row(const WgmmaOp& o, int r, float* row, bool back) {
+    int owner = r / 16 * 32 + r % 8 * 4, half = r % 16 / 8 * 2;
+    for (int q = 0; q < 4; q++) {
+        float* d = o.d[owner + q] + half;
+        for (int j = 0; j < o.n / 8; j++) {
+            float* at = row + j * 8 + q * 2;
+            if (back) {
+                d[j * 4] = at[0], d[j * 4 + 1] = at[1];
+            } else {
+                at[0] = o.accumulate ? d[j * 4] : 0, at[1] = o.accumulate ? d[j * 4 + 1] : 0;
+            }
+        }
+    }
+}
 static void wgmma_compute(const WgmmaOp& o) {
     auto& [A, rows, B, acc] = worker().product;
     if (o.from_registers) {
@@ -301,28 +316,18 @@ static void wgmma_compute(const WgmmaOp& o) {
     for (int n = 0; n < o.n; n++) {
         for (int k = 0; k < 16; k++) B[k][n] = rows[n][k];
     }
-    for (int r = 0; r < 64; r++) {
-        int owner = r / 16 * 32 + r % 8 * 4, half = r % 16 / 8 * 2;
-        for (int q = 0; q < 4; q++) {
-            const float* d = o.d[owner + q] + half;
-            for (int j = 0; j < o.n / 8; j++) {
-                acc[j * 8 + q * 2] = o.accumulate ? d[j * 4] : 0;
-                acc[j * 8 + q * 2 + 1] = o.accumulate ? d[j * 4 + 1] : 0;
-            }
-        }
+    for (int r = 0; r < 64; r += 4) {  // four rows at a time: independent sums
+        for (int i = 0; i < 4; i++) move_row(o, r + i, acc[i], false);
         for (int j = 0; j < o.n; j += 8) {
-            v8 c, b;
-            memcpy(&c, acc + j, 32);
+            v8 c[4], b;
+            for (int i = 0; i < 4; i++) memcpy(&c[i], acc[i] + j, 32);
             for (int k = 0; k < 16; k++) {
                 memcpy(&b, B[k] + j, 32);
-                c += A[r][k] * b;
+                for (int i = 0; i < 4; i++) c[i] += A[r + i][k] * b;
             }
-            memcpy(acc + j, &c, 32);
+            for (int i = 0; i < 4; i++) memcpy(acc[i] + j, &c[i], 32);
         }
-        for (int q = 0; q < 4; q++) {
-            float* d = o.d[owner + q] + half;
-            for (int j = 0; j < o.n / 8; j++) d[j * 4] = acc[j * 8 + q * 2], d[j * 4 + 1] = acc[j * 8 + q * 2 + 1];
-        }
+        for (int i = 0; i < 4; i++) move_row(o, r + i, acc[i], true);
     }
 }
 static WarpGroup& group() {

@@ -151,7 +151,6 @@ void shared_begin(Block& b, size_t dynamic_bytes) {
     b.state = w.states + b.rank * ARENA;
 #ifdef EMU_TSAN  // fresh pages: ThreadSanitizer forgets the previous block's accesses
     if (mmap(b.arena, ARENA, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == MAP_FAILED) abort();
-    memset(b.state, UNALLOCATED, ARENA);
 #else
     if (b.dynamic_used) memset(b.state, UNALLOCATED, b.dynamic_used);
     if (b.static_used) memset(b.state + STATIC_OFFSET, UNALLOCATED, b.static_used);
@@ -162,12 +161,27 @@ void shared_begin(Block& b, size_t dynamic_bytes) {
     b.sites_used = 0;
 }
 
+// Fills memory of the running block. ThreadSanitizer watches memset, and would take it for an access of the thread that happens to come
+// first; it also has no use for the states, which exist for the checks of the plain build.
+static void fill([[maybe_unused]] uint8_t* p, [[maybe_unused]] int value, [[maybe_unused]] size_t bytes) {
+#ifdef EMU_TSAN
+    for (size_t i = 0; i < bytes; i++) static_cast<volatile uint8_t*>(p)[i] = uint8_t(value);
+#else
+    memset(p, value, bytes);
+#endif
+}
+static void set_state([[maybe_unused]] uint8_t* state, [[maybe_unused]] SharedState value, [[maybe_unused]] size_t bytes) {
+#ifdef EMU_CHECKED_RUNTIME
+    memset(state, value, bytes);
+#endif
+}
+
 static void* open_array(Block& b, const void* key, size_t bytes, size_t offset) {
     if (b.sites_used == 64) fail("more than 64 shared arrays");
     if (bytes) {
         UNPOISON(b.arena + offset, bytes);
-        memset(b.arena + offset, 0xff, bytes);  // NaN: memory nobody wrote shows
-        memset(b.state + offset, UNINITIALISED, bytes);
+        fill(b.arena + offset, 0xff, bytes);  // NaN: memory nobody wrote shows
+        set_state(b.state + offset, UNINITIALISED, bytes);
     }
     b.sites[b.sites_used++] = {key, bytes, b.arena + offset};
     return b.arena + offset;
@@ -180,7 +194,7 @@ void* shared_array(const void* key, size_t bytes, size_t align) {
     }
     // 128 bytes between arrays: the red zone keeps every bank where the device has it for 128-byte aligned arrays.
     size_t offset = STATIC_OFFSET + (b.static_used + align - 1) / align * align;
-    if (offset + bytes + 128 > ARENA || b.static_used + bytes > (48 << 10) + 4096) fail("more than 48 KiB of static shared memory");
+    if (offset + bytes + 128 > ARENA - 4096 || b.static_used + bytes > (48 << 10) + 4096) fail("more than 48 KiB of static shared memory");
     b.static_used = (offset - STATIC_OFFSET + bytes + 127) / 128 * 128 + 128;
     return open_array(b, key, bytes, offset);
 }
@@ -200,10 +214,12 @@ void* DynamicShared::take_bytes(size_t bytes, size_t align) {
     }
     // A second layout over memory that already served keeps what is there, as on the device.
     bool fresh = true;
-    for (size_t i = 0; i < bytes && fresh; i++) fresh = b.state[offset + i] == UNALLOCATED;
+    for (unsigned i = 0; i < b.sites_used; i++) {
+        fresh &= b.arena + offset >= b.sites[i].p + b.sites[i].bytes || b.arena + offset + bytes <= b.sites[i].p;
+    }
     if (fresh) return open_array(b, key, bytes, offset);
     for (size_t i = 0; i < bytes; i++) {
-        if (b.state[offset + i] == UNALLOCATED) b.state[offset + i] = UNINITIALISED;
+        if (b.state[offset + i] == UNALLOCATED) set_state(b.state + offset + i, UNINITIALISED, 1);
     }
     UNPOISON(b.arena + offset, bytes);
     if (b.sites_used == 64) fail("more than 64 shared arrays");
@@ -243,12 +259,19 @@ static void check_shared(uintptr_t offset, size_t size, bool write, bool later =
     size_t at = offset % ARENA;
     if (rank >= w.blocks || at + size > ARENA) fail("shared %s of %zu bytes beyond the shared memory", write ? "write" : "read", size);
     uint8_t* state = w.block[rank].state + at;
+    if (size == 16 || size == 8 || size == 4) {  // the common case: all written
+        constexpr uint64_t written = 0x0101010101010101ull * INITIALISED;
+        uint64_t low = written, high = written;
+        memcpy(&low, state, size == 4 ? 4 : 8);
+        if (size == 16) memcpy(&high, state + 8, 8);
+        if (low == written && high == written) return;
+    }
     for (size_t i = 0; i < size; i++) {
         if (state[i] == INITIALISED) continue;
         if (state[i] == UNALLOCATED) fail("shared %s of %zu bytes out of bounds: outside every shared array", write ? "write" : "read", size);
         if (!write) fail("read of uninitialised shared memory (%zu bytes)", size);
     }
-    if (write && !later) memset(state, INITIALISED, size);
+    if (write && !later) set_state(state, INITIALISED, size);
 }
 
 #ifdef EMU_TSAN
@@ -284,7 +307,7 @@ void touch_later(const void* p, size_t size, [[maybe_unused]] const void* pc) {
 
 void landed(const void* p, size_t size) {
     uintptr_t offset = reinterpret_cast<uintptr_t>(p) - local.arenas;
-    memset(worker().states + offset, INITIALISED, size);
+    set_state(worker().states + offset, INITIALISED, size);
 }
 
 void touch_bulk(const void* p, size_t bytes, bool write) {

@@ -123,12 +123,13 @@ struct Thread {
     std::vector<Access> log;
 };
 struct Warp {
+    unsigned phase;
     uint32_t valid, ready, yielded, arrived;
     int op[32];
     void* argument[32];
 };
 struct Barrier {
-    unsigned arrived, expected;
+    unsigned phase, arrived, expected;
     const char* file;
     int line, votes, result;
     uint32_t waiting[MAX_WARPS];
@@ -141,7 +142,7 @@ struct WgmmaOp {
     uint32_t registers[128][4];  // operand a, copied when issued
 };
 struct WarpGroup {
-    unsigned arrived;
+    unsigned phase, arrived;
     uint32_t waiting[4];
     std::vector<WgmmaOp> ops;
     std::vector<size_t> ends;
@@ -163,8 +164,8 @@ struct Block {
     WarpGroup group[MAX_WARPS / 4];
     size_t logged;
 };
-struct WarpGroupProduct {  // operands and sums of the wgmma being computed; a[m][k], b[n][k] and b[k][n]
-    float a[64][16], rows[256][16], b[16][256], sums[256];
+struct WarpGroupProduct {  // operands and sums of the wgmma being computed: a[m][k], b as [n][k] and [k][n]
+    float a[64][16], rows[256][16], b[16][256], sums[4][256];
 };
 struct Worker {
     Job* job;
@@ -241,4 +242,6 @@ void meter_merge(Job&, Worker&);
 // ThreadSanitizer's happens-before edges; nothing elsewhere.
 void edge_release(void*);
 void edge_acquire(void*);
+enum { EDGE_BARRIER = 0, EDGE_WARP = 16, EDGE_GROUP = 48, EDGE_CLUSTER = 56 };
+void* edge_at(Block&, unsigned slot, unsigned phase);
 }  // namespace emu

@@ -236,6 +236,10 @@ static void thread_main() {
 }
 
 // ---- barriers and collectives ----
+// Where ThreadSanitizer keeps the order that a meeting makes. One place per phase: who arrives at the next one must not order this
+// one. In the block's own memory, which is fresh for every block: a barrier orders nothing between blocks.
+void* edge_at(Block& b, unsigned slot, unsigned phase) { return b.arena + ARENA - 4096 + (2 * slot + (phase & 1)) * 8; }
+
 int barrier(unsigned id, unsigned threads, const char* file, int line, bool wait, int vote) {
     Block& b = block();
     if (id > 15) fail("barrier %u: there are 16, 0 to 15", id);
@@ -243,7 +247,8 @@ int barrier(unsigned id, unsigned threads, const char* file, int line, bool wait
     if (threads == 0) threads = b.threads;
     if (threads % 32 && threads != b.threads) fail("barrier %u: %u threads are not whole warps", id, threads);
     if (!self()->copies.empty() && worker().job->copies == RANDOM_COPIES && (random_bits() & 1)) cp_async_wait(0);
-    edge_release(&r);
+    void* edge = edge_at(b, EDGE_BARRIER + id, r.phase);
+    edge_release(edge);
     if (!r.arrived) {
         r.expected = threads;
         r.file = file;
@@ -256,6 +261,7 @@ int barrier(unsigned id, unsigned threads, const char* file, int line, bool wait
     r.votes += vote;
     if (++r.arrived == threads) {
         r.arrived = 0;
+        r.phase++;
         r.result = r.votes;
         r.votes = 0;
         worker().progress++;
@@ -270,7 +276,7 @@ int barrier(unsigned id, unsigned threads, const char* file, int line, bool wait
         warp_of(t).ready &= ~(1u << t->lane);
         wait_for_others();
     }
-    if (wait) edge_acquire(&r);
+    if (wait) edge_acquire(edge);
     return r.result;
 }
 
@@ -299,9 +305,11 @@ void collective(uint32_t mask, int op, void* mine, void (*last)(void**, uint32_t
 
 void sync_warp(uint32_t mask) {
     Warp& w = warp_of(self());
-    edge_release(&w);
-    collective(mask, OP_SYNC, nullptr, [](void**, uint32_t) {});
-    edge_acquire(&w);
+    Thread* t = self();
+    void* edge = edge_at(block(), EDGE_WARP + t->warp - block().first_warp, w.phase);
+    edge_release(edge);
+    collective(mask, OP_SYNC, nullptr, [](void**, uint32_t) { warp_of(self()).phase++; });
+    edge_acquire(edge);
 }
 
 uint64_t shuffle(uint32_t mask, uint64_t bits, int source) {
@@ -325,12 +333,14 @@ void group_arrive(void (*last)(WarpGroup&, unsigned), unsigned argument) {
     unsigned in_block = t->warp - b.first_warp;
     if (b.threads % 128) fail("wgmma: the block has %u threads, not whole warpgroups of 128", b.threads);
     WarpGroup& g = b.group[in_block / 4];
-    edge_release(&g);
+    void* edge = edge_at(b, EDGE_GROUP + in_block / 4, g.phase);
+    edge_release(edge);
     if (++g.arrived == 128) {
         g.arrived = 0;
-        edge_acquire(&g);
+        g.phase++;
+        edge_acquire(edge);
         last(g, argument);
-        edge_release(&g);
+        edge_release(edge);
         worker().progress++;
         for (unsigned i = 0; i < 4; i++) {
             worker().warp[t->warp / 4 * 4 + i].ready |= g.waiting[i];
@@ -341,7 +351,7 @@ void group_arrive(void (*last)(WarpGroup&, unsigned), unsigned argument) {
         warp_of(t).ready &= ~(1u << t->lane);
         wait_for_others();
     }
-    edge_acquire(&g);
+    edge_acquire(edge);
 }
 
 // ---- one cluster, from its first thread to its last ----
@@ -360,6 +370,10 @@ static void start_block(Worker& w, unsigned rank, uint64_t linear) {
         g.arrived = 0;
         g.ops.clear();
         g.ends.clear();
+#ifdef EMU_TSAN  // a vector that grows would look like an access of the thread that happens to add to it
+        g.ops.reserve(256);
+        g.ends.reserve(256);
+#endif
         memset(g.waiting, 0, sizeof g.waiting);
     }
     for (unsigned i = 0; i < b.warps * 32; i++) {
@@ -403,6 +417,7 @@ static void run_cluster(Worker& w, uint64_t id) {
     w.idle_progress = w.idle_rounds = 0;
     w.cluster_arrivals = w.cluster_phase = 0;
     w.cluster_waiting.clear();
+    w.cluster_waiting.reserve(w.thread.size());
     w.async.clear();
     w.failed = false;
     for (unsigned r = 0; r < w.blocks; r++) start_block(w, r, id * w.blocks + r);

@@ -1,5 +1,5 @@
-//! At most 256 colours for all frames of an animation, by median cut: the box of colours with the most pixels times its
-//! longest side is cut in two halves of equally many pixels, until there are 256; each becomes its mean colour.
+//! At most 256 colours for all frames of an animation: the set of colours that deviates most from its mean in one
+//! channel is cut in two there, until there are 256 sets; each becomes its mean colour.
 //!
 //! Colours are counted with 6 bits per channel. Grey frames keep every level.
 
@@ -46,11 +46,11 @@ impl Palette {
         }
         let used = (0..bins.len()).filter(|b| bins[*b].count > 0).collect();
         let mut places = vec![0; bins.len()];
-        let boxes = cut(used, &bins);
-        for (place, members) in boxes.iter().enumerate() {
+        let sets = cut(used, &bins);
+        for (place, members) in sets.iter().enumerate() {
             members.iter().for_each(|b| places[*b] = place as u8);
         }
-        Palette { colours: boxes.iter().map(|members| mean(members, &bins)).collect(), places }
+        Palette { colours: sets.iter().map(|members| mean(members, &bins)).collect(), places }
     }
 
     /// The colours, red, green, blue.
@@ -64,33 +64,41 @@ impl Palette {
     }
 }
 
-/// Cuts the bins `used` into boxes.
-fn cut(used: Vec<usize>, bins: &[Bin]) -> Vec<Vec<usize>> {
-    let pixels = |members: &[usize]| members.iter().map(|b| bins[*b].count).sum::<u64>();
-    let mut boxes = vec![(urgency(&used, pixels(&used)), used)];
-    while boxes.len() < COLOURS {
-        let Some(at) = (0..boxes.len()).max_by_key(|i| boxes[*i].0.0).filter(|i| boxes[*i].0.0 > 0) else { break };
-        let ((_, channel), mut members) = boxes.swap_remove(at);
-        members.sort_by_key(|b| level(*b, channel));
-        let (half, mut seen) = (pixels(&members) / 2, 0);
-        let middle = members.iter().position(|b| {
-            seen += bins[*b].count;
-            seen > half
-        });
-        let rest = members.split_off(middle.unwrap_or(0).clamp(1, members.len() - 1));
-        boxes.extend([members, rest].map(|m| (urgency(&m, pixels(&m)), m)));
-    }
-    boxes.into_iter().map(|(_, members)| members).collect()
+/// Where a set of colours is cut: the channel in which it deviates most, its mean there and the sum of the squared
+/// deviations.
+#[derive(Clone, Copy)]
+struct Cut {
+    channel: usize,
+    mean: f64,
+    squares: f64,
 }
 
-/// How much a box should be cut, 0 if it cannot be, and along which channel.
-fn urgency(members: &[usize], pixels: u64) -> (u64, usize) {
-    let side = |channel: usize| {
-        let levels = || members.iter().map(|b| level(*b, channel));
-        levels().max().unwrap_or(0) - levels().min().unwrap_or(0)
-    };
-    let longest = (0..3).max_by_key(|c| side(*c)).unwrap_or(0);
-    (pixels * side(longest) as u64, longest)
+impl Cut {
+    fn of(members: &[usize], bins: &[Bin]) -> Self {
+        let weighted = |f: &dyn Fn(usize) -> f64| members.iter().map(|b| bins[*b].count as f64 * f(*b)).sum::<f64>();
+        let pixels = weighted(&|_| 1.0);
+        let along = |channel: usize| {
+            let mean = weighted(&|b| level(b, channel) as f64) / pixels;
+            Cut { channel, mean, squares: weighted(&|b| (level(b, channel) as f64 - mean).powi(2)) }
+        };
+        let [red, green, blue] = [0, 1, 2].map(along);
+        [green, blue].into_iter().fold(red, |most, cut| if cut.squares > most.squares { cut } else { most })
+    }
+}
+
+/// Cuts the bins `used` into sets.
+fn cut(used: Vec<usize>, bins: &[Bin]) -> Vec<Vec<usize>> {
+    let mut sets = vec![(Cut::of(&used, bins), used)];
+    while sets.len() < COLOURS {
+        let by_squares = |a: &usize, b: &usize| sets[*a].0.squares.total_cmp(&sets[*b].0.squares);
+        // One bin cannot be cut.
+        let Some(at) = (0..sets.len()).filter(|i| sets[*i].1.len() > 1).max_by(by_squares) else { break };
+        let (cut, members) = sets.swap_remove(at);
+        let (low, high): (Vec<_>, Vec<_>) =
+            members.into_iter().partition(|b| level(*b, cut.channel) as f64 <= cut.mean);
+        sets.extend([low, high].map(|members| (Cut::of(&members, bins), members)));
+    }
+    sets.into_iter().map(|(_, members)| members).collect()
 }
 
 fn mean(members: &[usize], bins: &[Bin]) -> [u8; 3] {

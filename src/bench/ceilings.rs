@@ -4,8 +4,11 @@
 //! ceiling is the rate of copying between buffers that no cache holds, read and written bytes both counted. Each is the
 //! fastest block: a ceiling is what was reached once.
 
+use super::gpu_rates::Rates;
 use super::timing::{Effort, Timing, measure};
 use crate::device::Device;
+use crate::device::cpu::Cpu;
+use crate::device::driver::Driver;
 use crate::error::{Error, Result};
 use rayon::prelude::*;
 use serde::Serialize;
@@ -14,15 +17,15 @@ use std::hint::black_box;
 /// The ceilings of a device.
 #[derive(Clone, Debug, Serialize)]
 pub struct Ceilings {
-    /// Widest multiply-add the processor has: "avx512", "avx2", "portable".
+    /// Widest multiply-add the device has: "avx512", "avx2", "portable", "wgmma, bf16", "mma.sync, bf16".
     pub instructions: &'static str,
     /// Fused multiply-adds, GFLOP/s (each is two).
     pub gflops: f64,
     /// Copy, GB/s read and written.
     pub gb_s: f64,
-    /// Times of the multiply-adds.
+    /// Times of the multiply-adds; on a GPU seconds per FLOP.
     pub arithmetic: Timing,
-    /// Times of the copy.
+    /// Times of the copy; on a GPU seconds per byte.
     pub copy: Timing,
 }
 
@@ -32,14 +35,32 @@ impl Ceilings {
         (flops / (self.gflops * 1e9)).max(bytes / (self.gb_s * 1e9))
     }
 
-    /// Measures both on the device's threads.
+    /// Measures both: on the threads of a processor, or by kernels of a GPU.
     ///
     /// # Errors
-    /// Those of the timing.
+    /// Those of the timing and the driver; [`Error::Device`] for an emulated GPU, whose times say nothing.
     pub fn measure(device: &Device, effort: &Effort) -> Result<Self> {
-        let Device::Cpu(cpu) = device else {
-            return Err(Error::Device("the ceilings of a GPU are not measured yet; use --device cpu".into()));
-        };
+        match device {
+            Device::Cpu(cpu) => Self::of_processor(cpu, effort),
+            Device::Cuda(gpu) if gpu.driver().is_emulated() => {
+                Err(Error::Device("times of an emulated GPU say nothing: use --device cpu, or a GPU".into()))
+            }
+            Device::Cuda(gpu) => Self::of_gpu(gpu.driver()),
+        }
+    }
+
+    fn of_gpu(driver: &Driver) -> Result<Self> {
+        let info = driver.info()?;
+        let rates = Rates { driver, info: &info };
+        let wgmma = info.compute_capability.0 == 9;
+        let flops = if wgmma { rates.wgmma()? } else { rates.mma()? };
+        let bytes = rates.copy()?;
+        let instructions = if wgmma { "wgmma, bf16" } else { "mma.sync, bf16" };
+        let (arithmetic, copy) = (Timing::one(1.0 / flops), Timing::one(1.0 / bytes));
+        Ok(Ceilings { instructions, gflops: flops / 1e9, gb_s: bytes / 1e9, arithmetic, copy })
+    }
+
+    fn of_processor(cpu: &Cpu, effort: &Effort) -> Result<Self> {
         let (instructions, lanes, kernel) = multiply_add();
         let flops = (cpu.threads() * ROUNDS * CHAINS * lanes * 2) as f64;
         let arithmetic = measure(effort, || {
@@ -138,7 +159,7 @@ mod tests {
 
     #[test]
     fn floors_take_the_longer_of_arithmetic_and_memory() {
-        let t = Timing { median: 1.0, min: 1.0, max: 1.0, blocks: 3, calls: 1, foreign: None, busy: false };
+        let t = Timing::one(1.0);
         let c = Ceilings { instructions: "portable", gflops: 10.0, gb_s: 2.0, arithmetic: t, copy: t };
         assert_eq!(c.floor(1e10, 1e9), 1.0);
         assert_eq!(c.floor(1e9, 4e9), 2.0);

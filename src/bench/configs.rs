@@ -18,7 +18,9 @@ pub struct Named {
 }
 
 /// Name, image size, residual blocks, widths, attention at these image sizes.
-const SMALL: [(&str, usize, usize, &[usize], &[usize]); 4] = [
+type Small = (&'static str, usize, usize, &'static [usize], &'static [usize]);
+
+const SMALL: [Small; 4] = [
     ("t1", 16, 1, &[1, 2], &[8]),
     ("t2", 16, 2, &[1, 2, 2], &[8]),
     ("t3", 32, 1, &[1, 2, 2], &[16, 8]),

@@ -97,6 +97,11 @@ impl Timing {
         (self.max - self.min) / self.median
     }
 
+    /// A single time, measured in another way than by blocks.
+    pub fn one(seconds: f64) -> Self {
+        Timing { median: seconds, min: seconds, max: seconds, blocks: 1, calls: 1, foreign: None, busy: false }
+    }
+
     /// The time of one of the `n` equal parts that a call consisted of.
     pub fn per(&self, n: usize) -> Self {
         let n = n as f64;

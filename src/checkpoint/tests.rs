@@ -45,7 +45,7 @@ fn message(change: impl FnOnce(&mut Vec<u8>)) -> String {
     error.to_string()
 }
 
-fn replace(bytes: &mut Vec<u8>, from: &str, to: &str) {
+fn replace(bytes: &mut [u8], from: &str, to: &str) {
     assert_eq!(from.len(), to.len());
     let at = bytes.windows(from.len()).position(|w| w == from.as_bytes()).expect("text of the header");
     bytes[at..at + to.len()].copy_from_slice(to.as_bytes());

@@ -2,10 +2,8 @@
 
 use std::io::Write;
 
-use crate::args;
-use crate::device::driver::{
-    ARCHS, DeviceInfo, Driver, Event, FunctionInfo, Launch, arch_list, cuda_present, driver_version,
-};
+use crate::bench::gpu_rates::Rates;
+use crate::device::driver::{ARCHS, Driver, FunctionInfo, arch_list, cuda_present, driver_version};
 use crate::error::{Error, Result};
 
 /// Memory that the smallest preset of real images needs for training.
@@ -76,11 +74,11 @@ impl Report {
         self.line("memory", &format!("{:.1} of {:.1} GiB free", gib(info.free_bytes), gib(info.total_bytes)));
         let function = driver.function_info("copy_16")?;
         self.line("machine code chosen", &chosen(function, info.compute_capability));
-        let ceilings = Ceilings { driver, info: &info };
-        self.line("copy ceiling", &format!("{:.0} GB/s (read and written)", ceilings.copy()? / 1e9));
-        self.line("mma.sync ceiling", &format!("{:.0} TFLOP/s (bf16)", ceilings.mma()? / 1e12));
+        let rates = Rates { driver, info: &info };
+        self.line("copy ceiling", &format!("{:.0} GB/s (read and written)", rates.copy()? / 1e9));
+        self.line("mma.sync ceiling", &format!("{:.0} TFLOP/s (bf16)", rates.mma()? / 1e12));
         if major == 9 {
-            self.line("wgmma ceiling", &format!("{:.0} TFLOP/s (bf16)", ceilings.wgmma()? / 1e12));
+            self.line("wgmma ceiling", &format!("{:.0} TFLOP/s (bf16)", rates.wgmma()? / 1e12));
         }
         if major < 8 {
             self.verdict(false, "bf16 matrix products need compute capability 8.0 or newer");
@@ -107,52 +105,4 @@ fn chosen(function: Option<FunctionInfo>, (major, minor): (i32, i32)) -> String 
     let family = version / 10 == major as u32;
     let how = if family { "" } else { ", compiled from PTX by the driver" };
     format!("sm_{version} for sm_{major}{minor}{how}")
-}
-
-/// Rates measured now: the best of a few timed runs after a warm-up.
-struct Ceilings<'a> {
-    driver: &'a Driver,
-    info: &'a DeviceInfo,
-}
-
-impl Ceilings<'_> {
-    /// Best time of `launch` in seconds.
-    fn seconds(&self, launch: impl Fn() -> Result<()>) -> Result<f64> {
-        launch()?;
-        let mut best = f64::INFINITY;
-        for _ in 0..10 {
-            let start: Event = self.driver.record()?;
-            launch()?;
-            best = best.min(self.driver.record()?.elapsed_ms(&start)? * 1e-3);
-        }
-        Ok(best)
-    }
-
-    /// Bytes per second of a copy far larger than the second-level cache, read and write together.
-    fn copy(&self) -> Result<f64> {
-        let bytes = (self.info.l2_bytes * 8).max(64 << 20).min(self.info.free_bytes / 4) / 16 * 16;
-        let (src, dst) = (self.driver.alloc_zeroed(bytes)?, self.driver.alloc(bytes)?);
-        let grid = Launch::new([self.info.multiprocessors as u32 * 16, 1, 1], [256, 1, 1]);
-        let words = (bytes / 16) as i64;
-        let time = self.seconds(|| self.driver.launch("copy_16", grid, args![dst.ptr(), src.ptr(), words]))?;
-        Ok(2.0 * bytes as f64 / time)
-    }
-
-    /// FLOPs per second of mma.sync: 8 warps in each of 4 blocks per multiprocessor.
-    fn mma(&self) -> Result<f64> {
-        let (blocks, rounds) = (self.info.multiprocessors * 4, 4096);
-        let out = self.driver.alloc(4 * blocks)?;
-        let grid = Launch::new([blocks as u32, 1, 1], [256, 1, 1]);
-        let time = self.seconds(|| self.driver.launch("mma_rate", grid, args![out.ptr(), rounds]))?;
-        Ok((blocks * 8 * 16) as f64 * 2.0 * 2048.0 * f64::from(rounds) / time)
-    }
-
-    /// FLOPs per second of wgmma: 2 warpgroups in one block per multiprocessor.
-    fn wgmma(&self) -> Result<f64> {
-        let (blocks, rounds) = (self.info.multiprocessors, 4096);
-        let out = self.driver.alloc(4 * blocks)?;
-        let grid = Launch::new([blocks as u32, 1, 1], [256, 1, 1]).shared((2 * 64 + 256) * 128);
-        let time = self.seconds(|| self.driver.launch("wgmma_rate", grid, args![out.ptr(), rounds]))?;
-        Ok((blocks * 2 * 4) as f64 * 2.0 * (64 * 256 * 16) as f64 * f64::from(rounds) / time)
-    }
 }

@@ -26,8 +26,11 @@ pub fn boolean(text: &str) -> std::result::Result<bool, String> {
 #[derive(clap::Args, Clone, Debug, Default)]
 pub struct ModelFlags {
     /// Height and width of the images
-    #[arg(long, help_heading = "Network")]
+    #[arg(long, visible_alias = "large-size", help_heading = "Network")]
     pub image_size: Option<usize>,
+    /// Super-resolution: height and width of the small images that the network enlarges; -1: none
+    #[arg(long, allow_negative_numbers = true, help_heading = "Network")]
+    pub small_size: Option<i64>,
     /// Channels of the images [default: those of the data]
     #[arg(long, help_heading = "Network")]
     pub channels: Option<usize>,
@@ -109,7 +112,7 @@ pub struct ModelFlags {
 #[derive(clap::Args, Clone, Debug, Default)]
 pub struct TrainFlags {
     /// Named configuration that the other flags change: digits, mnist, cifar10, cifar10-vlb, imagenet64,
-    /// imagenet64-vlb, imagenet64-cond, lsun256, lsun256-bs64, reference [default: digits; reference with --data-dir]
+    /// imagenet64-vlb, imagenet64-cond, lsun256, lsun256-bs64, upsample, guided64, guided-cifar10, reference [default: digits; reference with --data-dir]
     #[arg(long)]
     pub preset: Option<String>,
     /// Optimiser steps after which training ends [default: of the preset]
@@ -171,6 +174,9 @@ impl ModelFlags {
             Some(sizes) => sizes.iter().map(|s| factor(s).ok_or_else(|| m.no_such_level(*s))).collect::<Result<_>>()?,
             None => pixels.iter().filter_map(factor).collect(),
         };
+        if let Some(size) = self.small_size {
+            m.low_res = usize::try_from(size).ok();
+        }
         set(&mut m.in_channels, &self.channels);
         set(&mut m.model_channels, &self.num_channels);
         set(&mut m.num_res_blocks, &self.num_res_blocks);

@@ -112,10 +112,21 @@ impl ImportArgs {
         if let (None, Some(size)) = (&self.preset, self.model.image_size) {
             c.model.image_size = size;
         }
+        if let Some(size) = self.model.small_size {
+            c.model.low_res = usize::try_from(size).ok();
+        }
         if self.preset.is_none() {
             source.apply(&mut c);
         }
         self.require(source)?;
+        if c.model.low_res.is_none() && self.model.channels.is_none() && matches!(c.model.in_channels, 2 | 6) {
+            let c = c.model.in_channels;
+            return Err(Error::Config(format!(
+                "the network of {} takes {c} channels: with super-resolution give --small-size and --image-size \
+                 (or --preset upsample), with images of {c} channels --channels {c}",
+                source.file.path.display()
+            )));
+        }
         let before = c.clone();
         self.model.apply(&mut c)?;
         let mut found = c.clone();

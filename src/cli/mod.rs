@@ -90,6 +90,9 @@ enum Command {
     /// Look at a set of images before training on it
     #[command(subcommand)]
     Data(DataCommand),
+    /// Train a model that enlarges images, or enlarge with one
+    #[command(subcommand)]
+    SuperRes(SuperResCommand),
     /// Bring in a model of improved-diffusion, guided-diffusion or diffusers
     #[command(after_help = "Examples:\n  iddpm import cifar10_uncond_50M_500K.pt --preset cifar10\n  iddpm import \
         model500000.pt ema_0.9999_500000.pt opt500000.pt --preset cifar10 --to runs/cifar/checkpoint-00500000.safetensors\n  \
@@ -106,6 +109,18 @@ enum Command {
     /// Measure speed
     #[command(subcommand)]
     Bench(bench::BenchCommand),
+}
+
+#[derive(Subcommand, Debug)]
+enum SuperResCommand {
+    /// Train on large images, which are made small by averaging
+    #[command(after_help = "Example:\n  iddpm super-res train --data-dir photos --large-size 64 --small-size 16 \
+        --num-channels 64 --learn-sigma True --batch-size 16 --out runs/enlarge")]
+    Train(Box<train::TrainArgs>),
+    /// Enlarge small images
+    #[command(after_help = "Example:\n  iddpm super-res sample --model-path runs/enlarge --base-samples \
+        samples_64x16x16x3.npz --timestep-respacing 250")]
+    Sample(Box<sample::SampleArgs>),
 }
 
 #[derive(Subcommand, Debug)]
@@ -158,6 +173,8 @@ fn run(cli: Cli) -> Result<()> {
         Command::Sample(a) => sample::main(&a, g),
         Command::Nll(a) => nll::main(&a, g),
         Command::Plan(a) => plan::main(&a, g),
+        Command::SuperRes(SuperResCommand::Train(a)) => train::super_res(&a, g),
+        Command::SuperRes(SuperResCommand::Sample(a)) => sample::main(&a, g),
         Command::Import(a) => import::main(&a, g),
         Command::Export(a) => export::main(&a, g),
         Command::Plot(c) => plot::main(&c, g),

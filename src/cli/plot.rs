@@ -129,8 +129,9 @@ pub fn main(command: &PlotCommand, g: &Global) -> Result<()> {
     match command {
         PlotCommand::Schedule(a) => a.output.write(schedules(a)?, "schedule", Path::new(""), g),
         PlotCommand::Log(a) => {
+            let curves = a.curves.curves()?;
             let logs = a.runs.iter().map(|run| read_log(run)).collect::<Result<Vec<_>>>()?;
-            a.output.write(a.curves.curves()?.training(&logs), "log", folder(&a.runs[0]), g)
+            a.output.write(curves.training(&logs), "log", folder(&a.runs[0]), g)
         }
         PlotCommand::Timesteps(a) => {
             let mut charts = a.curves.curves()?.quarters(&read_log(&a.run)?);

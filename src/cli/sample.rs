@@ -6,11 +6,13 @@ use super::images;
 use super::progress::Progress;
 use super::{Global, create_folder, open_model};
 use crate::config::{Config, DataConfig};
+use crate::data::low_res::LowRes;
+use crate::data::{self, DataSpec, Dataset};
 use crate::error::{Error, Result};
 use crate::grid::{self, ToByte};
 use crate::npz::{self, Array};
 use crate::ops::p_sample::Reverse;
-use crate::sampler::{Pictures, SampleSettings, Sampler};
+use crate::sampler::{Pictures, SampleSettings, Sampler, Walk};
 use clap::Args;
 use std::path::PathBuf;
 
@@ -46,6 +48,9 @@ pub struct SampleArgs {
     /// Classes to draw, by number or name, in turn: 3,5 [default: all]
     #[arg(long, value_delimiter = ',')]
     labels: Option<Vec<String>>,
+    /// Super-resolution: small images to enlarge, an .npz (arr_0, labels in arr_1) or a folder
+    #[arg(long, value_name = "PATH")]
+    base_samples: Option<PathBuf>,
     /// Moving average to sample from; 0: the live weights [default: the first]
     #[arg(long, value_name = "RATE")]
     ema_rate: Option<f64>,
@@ -74,7 +79,8 @@ pub fn main(a: &SampleArgs, g: &Global) -> Result<()> {
     if let Some(steps) = &a.timestep_respacing {
         process.timestep_respacing.clone_from(steps);
     }
-    let labels = a.labels(&config)?;
+    let base = a.base(&config)?;
+    let labels = a.labels(&config, base.as_ref())?;
     let batch = a.batch_size.min(a.num_samples) as usize;
     let settings = SampleSettings { reverse: a.reverse()?, clip: a.clip_denoised.unwrap_or(true), batch };
     let sampler = Sampler::new(&mut model.device, &config.model, &process, &model.params, &settings)?;
@@ -89,10 +95,14 @@ pub fn main(a: &SampleArgs, g: &Global) -> Result<()> {
     let seeds: Vec<u64> = (0..a.num_samples).map(|i| seed.wrapping_add(i)).collect();
     let mut progress = Progress::new("steps");
     let pictures = Pictures { seeds: &seeds, labels: labels.as_deref() };
-    let x = sampler.run(&mut model.device, pictures, &mut |walk| {
+    let each = &mut |walk: &Walk| {
         progress.at(walk.done, walk.total);
         trajectory.take(walk)
-    })?;
+    };
+    let x = match &base {
+        Some(set) => sampler.enlarge(&mut model.device, pictures, &LowRes::exactly(set), each)?,
+        None => sampler.run(&mut model.device, pictures, each)?,
+    };
     let seconds = progress.finish();
     println!("time      {seconds:.1} s, {:.2} pictures/s", a.num_samples as f64 / seconds);
     a.write(&out, &x, &config, labels.as_deref())?;
@@ -115,15 +125,33 @@ impl SampleArgs {
         if self.use_ddim == Some(true) { "DDIM" } else { "ancestral" }
     }
 
-    /// Class of each picture: those asked for in turn, or all classes in turn.
-    fn labels(&self, config: &Config) -> Result<Option<Vec<i32>>> {
+    /// The small images to enlarge, at the size of the model.
+    fn base(&self, config: &Config) -> Result<Option<Dataset>> {
+        match (&self.base_samples, config.model.low_res) {
+            (None, None) => Ok(None),
+            (Some(_), None) => Err(Error::Config("--base-samples: the model is not one of super-resolution".into())),
+            (None, Some(_)) => {
+                Err(Error::Config("a model of super-resolution needs small images: give --base-samples".into()))
+            }
+            (Some(path), Some(small)) => {
+                let mut spec = DataSpec::new(path);
+                (spec.image_size, spec.channels) = (Some(small), Some(config.model.in_channels));
+                Ok(Some(data::open(&spec)?))
+            }
+        }
+    }
+
+    /// Class of each picture: those asked for in turn, those of the small images, or all classes in turn.
+    fn labels(&self, config: &Config, base: Option<&Dataset>) -> Result<Option<Vec<i32>>> {
         let Some(classes) = config.model.num_classes else {
             return match &self.labels {
                 None => Ok(None),
                 Some(_) => Err(Error::Config("--labels: the model was trained without --class-cond".into())),
             };
         };
+        let of_base = base.and_then(|set| set.labels.clone());
         let asked = match &self.labels {
+            None if of_base.is_some() => of_base.unwrap_or_default(),
             None => (0..classes as i32).collect::<Vec<_>>(),
             Some(words) => words.iter().map(|w| class(w, classes, &config.data)).collect::<Result<_>>()?,
         };

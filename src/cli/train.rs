@@ -97,6 +97,18 @@ pub fn main(a: &TrainArgs, g: &Global) -> Result<()> {
     Ok(())
 }
 
+/// Trains a model of super-resolution.
+///
+/// # Errors
+/// [`Error::Config`] without a size of the small images; those of [`main`].
+pub fn super_res(a: &TrainArgs, g: &Global) -> Result<()> {
+    let told = a.model.small_size.is_some() || a.train.preset.as_deref() == Some("upsample");
+    if !told && a.resume_from(g).is_none() {
+        return Err(Error::Config("super-res train needs --small-size, or --preset upsample".into()));
+    }
+    main(a, g)
+}
+
 impl TrainArgs {
     /// The place of the checkpoint to go on from, if one was asked for.
     fn resume_from(&self, g: &Global) -> Option<PathBuf> {
@@ -218,7 +230,11 @@ impl Preview {
         let seeds: Vec<u64> = (0..PREVIEW_PICTURES as u64).map(|i| c.train.seed.wrapping_add(i)).collect();
         let labels = c.model.num_classes.map(|n| (0..PREVIEW_PICTURES).map(|i| (i % n) as i32).collect::<Vec<_>>());
         let pictures = Pictures { seeds: &seeds, labels: labels.as_deref() };
-        let bytes = grid::to_bytes(&sampler.run(&mut t.device, pictures, &mut |_| Ok(()))?, ToByte::Round);
+        let x = match &t.low_res {
+            Some(small) => sampler.enlarge(&mut t.device, pictures, small, &mut |_| Ok(()))?,
+            None => sampler.run(&mut t.device, pictures, &mut |_| Ok(()))?,
+        };
+        let bytes = grid::to_bytes(&x, ToByte::Round);
         let images = grid::Images::new([c.model.image_size, c.model.image_size, c.model.in_channels], &bytes);
         images.write_grid(path, images.visible_scale())?;
         let weights = average.map_or("live weights, the averages are younger than their half-life".into(), |i| {

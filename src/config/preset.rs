@@ -16,7 +16,7 @@ pub struct Preset {
 }
 
 /// Every preset, in the order of the help text.
-pub const PRESETS: [Preset; 10] = [
+pub const PRESETS: [Preset; 13] = [
     Preset { name: "digits", about: "built-in 16x16 handwritten digits: minutes on a laptop", build: digits },
     Preset { name: "mnist", about: "28x28 handwritten digits from the idx files", build: mnist },
     Preset { name: "cifar10", about: "32x32, L_hybrid, 500K steps", build: cifar10 },
@@ -26,6 +26,9 @@ pub const PRESETS: [Preset; 10] = [
     Preset { name: "imagenet64-cond", about: "64x64, class-conditional, 270M parameters", build: imagenet64_cond },
     Preset { name: "lsun256", about: "256x256, 1.2M steps of batch 128", build: lsun256 },
     Preset { name: "lsun256-bs64", about: "256x256, 2.4M steps of batch 64", build: lsun256_bs64 },
+    Preset { name: "upsample", about: "64x64 to 256x256, class-conditional, 280M parameters", build: upsample },
+    Preset { name: "guided64", about: "guided-diffusion's 64x64 class-conditional model", build: guided64 },
+    Preset { name: "guided-cifar10", about: "guided-diffusion's network at 32x32", build: guided_cifar10 },
     Preset { name: "reference", about: "the reference's defaults, for its own command lines", build: Config::default },
 ];
 
@@ -127,6 +130,43 @@ fn imagenet64_cond() -> Config {
     c.train.lr = 3e-4;
     c.train.batch_size = 2048;
     c.train.steps = 250_000;
+    c
+}
+
+fn upsample() -> Config {
+    let mut c = imagenet64_cond();
+    c.model.image_size = 256;
+    c.model.low_res = Some(64);
+    c.model.num_res_blocks = 2;
+    c.model.channel_mult = vec![1, 1, 2, 2, 4, 4];
+    c.model.attention_resolutions = vec![16, 32];
+    c.diffusion.noise_schedule = Schedule::Linear;
+    c.train.batch_size = 256;
+    c.train.steps = 500_000;
+    c
+}
+
+/// `64x64_diffusion.pt` of guided-diffusion.
+fn guided64() -> Config {
+    let mut c = imagenet64_cond();
+    c.model.attention_resolutions = vec![2, 4, 8];
+    c.model.dropout = 0.1;
+    c.model.num_head_channels = Some(64);
+    c.model.resblock_updown = true;
+    c.model.use_new_attention_order = true;
+    c.diffusion.diffusion_steps = 1000;
+    c
+}
+
+/// The network of guided-diffusion as later work trained it on CIFAR-10.
+fn guided_cifar10() -> Config {
+    let mut c = cifar10();
+    c.model.num_head_channels = Some(32);
+    c.model.resblock_updown = true;
+    c.model.use_new_attention_order = true;
+    c.diffusion.diffusion_steps = 1000;
+    c.diffusion.rescale_timesteps = false;
+    c.train.schedule_sampler = TimestepSampler::LossSecondMoment;
     c
 }
 

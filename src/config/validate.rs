@@ -21,6 +21,9 @@ impl Config {
         self.model.validate()?;
         self.diffusion.validate()?;
         self.train.validate()?;
+        check(!(self.train.flip && self.model.low_res.is_some()), || {
+            "--flip would mirror the large images and not the small ones of --small-size: leave it out".into()
+        })?;
         let halves = if self.diffusion.learns_variance() { 2 } else { 1 };
         let (have, need) = (self.model.out_channels, halves * self.model.in_channels);
         check(have == need, || {
@@ -42,10 +45,16 @@ impl ModelConfig {
         within("num-res-blocks", self.num_res_blocks, 1, 64)?;
         within("channel-mult: number of levels", self.channel_mult.len(), 1, 10)?;
         within("dropout", self.dropout, 0.0, 0.99)?;
+        if let Some(small) = self.low_res {
+            within("small-size", small, 1, self.image_size)?;
+            check(self.image_size.is_multiple_of(small), || {
+                format!("--small-size {small} does not divide the size {} of the large images", self.image_size)
+            })?;
+        }
         for &m in &self.channel_mult {
             within("channel-mult", m, 1, 64)?;
             let c = m * self.model_channels;
-            check(c % 32 == 0, || {
+            check(c.is_multiple_of(32), || {
                 format!(
                     "--num-channels {} times {m} is {c} channels, which do not divide into the 32 groups of \
                          group normalisation: use a multiple of 32",
@@ -55,7 +64,7 @@ impl ModelConfig {
         }
         let levels = self.channel_mult.len();
         let factor = 1 << (levels - 1);
-        check(self.image_size % factor == 0, || {
+        check(self.image_size.is_multiple_of(factor), || {
             format!(
                 "--image-size {} does not divide by {factor}, as {levels} levels need: use {} or fewer levels \
                      in --channel-mult",
@@ -94,13 +103,13 @@ impl ModelConfig {
             let c = self.channel_mult[level] * self.model_channels;
             if let Some(width) = self.num_head_channels {
                 within("num-head-channels", width, 1, 8192)?;
-                check(c % width == 0, || {
+                check(c.is_multiple_of(width), || {
                     format!("--num-head-channels {width} does not divide the {c} channels of level {level}")
                 })?;
                 continue;
             }
             for (flag, heads) in [("num-heads", self.num_heads), ("num-heads-upsample", self.num_heads_upsample)] {
-                check(c % heads == 0, || {
+                check(c.is_multiple_of(heads), || {
                     format!("--{flag} {heads} does not divide the {c} channels of level {level}: use a divisor of {c}")
                 })?;
             }

@@ -11,6 +11,7 @@ pub mod decode;
 mod folder;
 pub mod idx;
 mod load;
+pub mod low_res;
 mod names;
 mod npz;
 pub mod resize;

@@ -88,6 +88,12 @@ impl Cpu {
     pub(super) fn bind(&mut self, plan: Plan) -> Result<PlanId> {
         check_disjoint(&plan);
         let g = &plan.graph;
+        if let Some(v) = g.steps.iter().flat_map(|s| s.op.inputs()).find(|&v| g[v].dtype == DType::Bf16) {
+            let name = &g[v].name;
+            return Err(Error::Device(format!(
+                "{name} is bf16, the processor computes in f32: record the plan in f32"
+            )));
+        }
         let mut bound = Bound {
             inputs: Buffer::default(),
             state: Buffer::default(),

@@ -21,6 +21,8 @@ struct Bound {
     /// Memory of the steps, and where that of each begins.
     memory: Option<Buffer>,
     memory_at: Vec<usize>,
+    /// Scratch memory that the steps share, one after the other.
+    workspace: Option<Buffer>,
     weights: Weights,
     /// Address of each value.
     address: Vec<Ptr>,
@@ -82,6 +84,7 @@ impl Cuda {
             memory.extend(bytes);
             memory.resize(memory.len().next_multiple_of(ALIGN), 0);
         }
+        let workspace = g.steps.iter().map(|step| step.op.workspace(g)).max().unwrap_or(0);
         let d = &self.driver;
         let bound = Bound {
             inputs: buffer(d, g.region_bytes(Region::Inputs), "the inputs")?,
@@ -89,6 +92,7 @@ impl Cuda {
             arena: buffer(d, plan.layout.bytes, "activations and gradients")?,
             memory: buffer(d, memory.len(), "tables")?,
             memory_at,
+            workspace: buffer(d, workspace, "scratch memory")?,
             weights: Weights::Live,
             address: Vec::new(),
             graph: None,
@@ -275,6 +279,7 @@ impl Cuda {
                 graph: &b.plan.graph,
                 address: &b.address,
                 memory: ptr(&b.memory).offset(b.memory_at[i]),
+                workspace: ptr(&b.workspace),
                 blocks: self.blocks,
             })?;
             done(i)?;

@@ -283,7 +283,7 @@ impl<'a> Machine<'a> {
         Ok(ids)
     }
 
-    fn to_mark(&mut self) -> Result<Vec<Id>> {
+    fn pop_to_mark(&mut self) -> Result<Vec<Id>> {
         let mark = self.marks.pop().ok_or("damaged: no mark on the stack")?;
         Ok(self.stack.split_off(mark.min(self.stack.len())))
     }
@@ -319,7 +319,7 @@ impl<'a> Machine<'a> {
             0x95 => drop(self.take(8)?),
             b'(' => self.marks.push(self.stack.len()),
             b'0' => drop(self.pop()?),
-            b'1' => drop(self.to_mark()?),
+            b'1' => drop(self.pop_to_mark()?),
             b'2' => self.stack.push(self.top()?),
             b'N' => self.push(Value::None)?,
             0x88 | 0x89 => self.push(Value::Bool(op == 0x88))?,
@@ -389,7 +389,7 @@ impl<'a> Machine<'a> {
             b')' => self.push(Value::Tuple(vec![])),
             b'}' => self.push(Value::Dict(vec![])),
             b'l' | b't' | b'd' => {
-                let items = self.to_mark()?;
+                let items = self.pop_to_mark()?;
                 let value = match op {
                     b'l' => Value::List(items),
                     b't' => Value::Tuple(items),
@@ -402,7 +402,7 @@ impl<'a> Machine<'a> {
                 self.push(Value::Tuple(items))
             }
             b'a' | b'e' => {
-                let items = if op == b'a' { self.popped(1)? } else { self.to_mark()? };
+                let items = if op == b'a' { self.popped(1)? } else { self.pop_to_mark()? };
                 let top = self.top()?;
                 match &mut self.values[top as usize] {
                     Value::List(list) => list.extend(items),
@@ -411,7 +411,7 @@ impl<'a> Machine<'a> {
                 Ok(())
             }
             _ => {
-                let items = if op == b's' { self.popped(2)? } else { self.to_mark()? };
+                let items = if op == b's' { self.popped(2)? } else { self.pop_to_mark()? };
                 let top = self.top()?;
                 match &mut self.values[top as usize] {
                     Value::Dict(dict) => dict.extend(pairs(items)?),

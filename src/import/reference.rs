@@ -67,7 +67,7 @@ pub fn family(file: &TensorFile) -> Result<Family> {
 /// What the tensors tell of the network.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Deduced {
-    /// Channels of the images.
+    /// Channels that go in: those of the images, twice that in super-resolution.
     pub in_channels: usize,
     /// Channels of the output.
     pub out_channels: usize,
@@ -153,10 +153,10 @@ impl Deduced {
         Ok(d)
     }
 
-    /// Makes `c` the network of the file. What is not in the file is left as it is.
+    /// Makes `c` the network of the file. What is not in the file is left as it is, super-resolution included.
     pub fn apply(&self, c: &mut Config) {
         let m = &mut c.model;
-        m.in_channels = self.in_channels;
+        m.in_channels = self.in_channels / if m.low_res.is_some() { 2 } else { 1 };
         m.out_channels = self.out_channels;
         m.model_channels = self.model_channels;
         m.num_res_blocks = self.num_res_blocks;
@@ -166,7 +166,7 @@ impl Deduced {
         m.use_scale_shift_norm = self.use_scale_shift_norm;
         m.conv_resample = self.conv_resample;
         m.resblock_updown = self.resblock_updown;
-        let learned = self.out_channels == 2 * self.in_channels;
+        let learned = self.out_channels == 2 * m.in_channels;
         match (learned, c.diffusion.learns_variance()) {
             (true, false) => c.diffusion.var_type = VarType::LearnedRange,
             (false, true) => c.diffusion.var_type = VarType::FixedLarge,

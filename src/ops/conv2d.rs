@@ -5,9 +5,16 @@
 //! x: (n, h, w, ca + cb) as two sources; with `upsample`, x is first enlarged to (n, 2h, 2w) by repeating each pixel.
 //! w: (oc, k, k, ca + cb). y: (n, oh, ow, oc). Outside the image x is 0.
 
+mod geometry;
+pub mod launch;
+
+use super::launch::Launcher;
 use super::view::{Cat, Rows, RowsMut};
 use super::{Cost, Operation, Views, fast};
+use crate::device::driver::Ptr;
+use crate::error::Result;
 use crate::graph::{Graph, Shape, Source, Val};
+use launch::{FULL, Types};
 
 /// Sizes of a convolution.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -297,7 +304,7 @@ impl Conv2d {
             upsample: o.upsample,
         };
         assert_eq!(shape.c(), ws.c, "conv2d: {} input channels for {}", shape.c(), g[w].name);
-        let y = g.arena("conv2d", Shape::new(s.n, shape.oh(), shape.ow(), shape.oc));
+        let y = g.activation("conv2d", Shape::new(s.n, shape.oh(), shape.ow(), shape.oc));
         g.push(Conv2d { y, x, w, b, shift: o.shift, residual: o.residual, shape });
         y
     }
@@ -309,6 +316,37 @@ impl ConvShape {
     pub fn flops(&self) -> f64 {
         let taps = if self.upsample { 4 } else { self.k * self.k };
         2.0 * (self.n * self.oh() * self.ow() * self.oc * taps * self.c()) as f64
+    }
+}
+
+/// Addresses of both parts of a source.
+fn both(m: &Launcher, x: Source) -> [Ptr; 2] {
+    [m.ptr(x.a), m.optional(x.b)]
+}
+
+/// Address of the first of an op's columns of a matrix, and the elements from one row to the next.
+fn columns(m: &Launcher, rows: Option<(Val, usize)>) -> (Ptr, usize) {
+    rows.map_or((Ptr::NULL, 0), |(v, col)| (m.ptr(v).offset(col * m.graph[v].dtype.bytes()), m.graph.shape(v).c))
+}
+
+impl Conv2d {
+    fn types(&self, g: &Graph) -> Result<Types> {
+        let acts = self.x.vals().chain([self.y]).chain(self.shift.map(|(v, _)| v)).chain(self.residual);
+        Types::of("conv2d", g, acts, Some(self.w), &self.shape)
+    }
+}
+
+impl Conv2dBackwardData {
+    fn types(&self, g: &Graph) -> Result<Types> {
+        let acts = self.dx.vals().chain([self.dy]).chain(self.add.into_iter().flatten());
+        Types::of("conv2d backward", g, acts, Some(self.w), &self.shape)
+    }
+}
+
+impl Conv2dBackwardWeight {
+    fn types(&self, g: &Graph) -> Result<Types> {
+        let acts = self.x.vals().chain([self.dy]).chain(self.dshift.map(|(v, _)| v));
+        Types::of("conv2d backward", g, acts, None, &self.shape)
     }
 }
 
@@ -332,6 +370,23 @@ impl Operation for Conv2d {
         let (x, w) = (m.cat(self.x), m.f32(self.w));
         fast::conv2d::forward(m.isa(), m.f32_mut(self.y), x, w, b, shift, residual, &self.shape, m.scratch());
     }
+    fn prepare_cuda(&self, g: &Graph) -> Result<Vec<u8>> {
+        self.types(g).map(|_| Vec::new())
+    }
+    fn workspace(&self, g: &Graph) -> usize {
+        self.types(g).map_or(0, |t| launch::weights_workspace(&self.shape, t))
+    }
+    fn launch(&self, m: &Launcher) -> Result<()> {
+        let f = launch::Forward {
+            y: m.ptr(self.y),
+            x: both(m, self.x),
+            w: m.ptr(self.w),
+            bias: m.optional(self.b),
+            shift: columns(m, self.shift),
+            residual: m.optional(self.residual),
+        };
+        launch::forward(m.driver, &self.shape, self.types(m.graph)?, FULL, &f, m.workspace)
+    }
 }
 
 impl Operation for Conv2dBackwardData {
@@ -353,6 +408,17 @@ impl Operation for Conv2dBackwardData {
         let (dxa, dy, w) = (m.f32_mut(self.dx.a), m.f32(self.dy), m.f32(self.w));
         fast::conv2d::backward_data(m.isa(), dxa, dxb, dy, w, add_a, add_b, &self.shape, m.scratch());
     }
+    fn prepare_cuda(&self, g: &Graph) -> Result<Vec<u8>> {
+        self.types(g).map(|_| Vec::new())
+    }
+    fn workspace(&self, g: &Graph) -> usize {
+        self.types(g).map_or(0, |t| launch::weights_workspace(&self.shape, t))
+    }
+    fn launch(&self, m: &Launcher) -> Result<()> {
+        let add = self.add.map(|v| m.optional(v));
+        let b = launch::BackwardData { dx: both(m, self.dx), dy: m.ptr(self.dy), w: m.ptr(self.w), add };
+        launch::backward_data(m.driver, &self.shape, self.types(m.graph)?, FULL, &b, m.workspace)
+    }
 }
 
 impl Operation for Conv2dBackwardWeight {
@@ -373,5 +439,22 @@ impl Operation for Conv2dBackwardWeight {
         let (dy, x) = (m.f32(self.dy), m.cat(self.x));
         let dw = m.f32_mut(self.dw);
         fast::conv2d::backward_weight(m.isa(), dw, db, dshift, dy, x, self.accumulate, &self.shape, m.scratch());
+    }
+    fn prepare_cuda(&self, g: &Graph) -> Result<Vec<u8>> {
+        self.types(g).map(|_| Vec::new())
+    }
+    fn workspace(&self, g: &Graph) -> usize {
+        self.types(g).map_or(0, |t| launch::backward_weight_workspace(&self.shape, t, FULL))
+    }
+    fn launch(&self, m: &Launcher) -> Result<()> {
+        let b = launch::BackwardWeight {
+            dw: m.ptr(self.dw),
+            db: m.optional(self.db),
+            dshift: columns(m, self.dshift),
+            dy: m.ptr(self.dy),
+            x: both(m, self.x),
+            accumulate: self.accumulate,
+        };
+        launch::backward_weight(m.driver, &self.shape, self.types(m.graph)?, FULL, &b, m.workspace)
     }
 }

@@ -17,6 +17,8 @@ pub struct Launcher<'a> {
     pub address: &'a [Ptr],
     /// The step's own memory, as [`super::Operation::prepare_cuda`] made it.
     pub memory: Ptr,
+    /// Scratch memory of at least [`super::Operation::workspace`] bytes, undefined at first.
+    pub workspace: Ptr,
     /// Most blocks of a kernel that strides over its items. No result depends on it.
     pub blocks: usize,
 }

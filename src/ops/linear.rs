@@ -1,6 +1,11 @@
 //! Linear layer: `y[n,o] = b[o] + Σ_c x[n,c] · w[o,c]`.   x: (n, c), w: (oc, c), b: (oc), y: (n, oc).
 
+use super::conv2d::ConvShape;
+use super::conv2d::launch::{self, FULL, Types};
+use super::launch::Launcher;
 use super::{Cost, Operation, Views, fast};
+use crate::device::driver::Ptr;
+use crate::error::Result;
 use crate::graph::{Graph, Shape, Val};
 
 /// `y = x wᵀ + b`.
@@ -93,7 +98,7 @@ impl Linear {
     pub fn record(g: &mut Graph, x: Val, w: Val, b: Val) -> Val {
         let (n, c, oc) = (g.shape(x).n, g.shape(x).c, g.shape(w).n);
         assert_eq!(c, g.shape(w).c, "linear: {c} columns for {}", g[w].name);
-        let y = g.arena("linear", Shape::rows(n, oc));
+        let y = g.activation("linear", Shape::rows(n, oc));
         g.push(Linear { y, x, w, b });
         y
     }
@@ -104,8 +109,35 @@ fn sizes(g: &Graph, x: Val, w: Val) -> (usize, usize, usize) {
     (g.shape(x).n, g.shape(w).c, g.shape(w).n)
 }
 
+/// On CUDA a linear layer is the convolution of an image of one row: n pixels of c channels.
+fn conv_shape((n, c, oc): (usize, usize, usize)) -> ConvShape {
+    ConvShape { n: 1, h: 1, w: n, ca: c, cb: 0, oc, k: 1, stride: 1, upsample: false }
+}
+
 fn flops((n, c, oc): (usize, usize, usize)) -> f64 {
     2.0 * (n * c * oc) as f64
+}
+
+impl Linear {
+    fn cuda(&self, g: &Graph) -> Result<(ConvShape, Types)> {
+        let s = conv_shape(sizes(g, self.x, self.w));
+        Ok((s, Types::of("linear", g, [self.x, self.y], Some(self.w), &s)?))
+    }
+}
+
+impl LinearBackwardData {
+    fn cuda(&self, g: &Graph) -> Result<(ConvShape, Types)> {
+        let s = conv_shape(sizes(g, self.dx, self.w));
+        let acts = [self.dx, self.dy].into_iter().chain(self.add);
+        Ok((s, Types::of("linear backward", g, acts, Some(self.w), &s)?))
+    }
+}
+
+impl LinearBackwardWeight {
+    fn cuda(&self, g: &Graph) -> Result<(ConvShape, Types)> {
+        let s = conv_shape(sizes(g, self.x, self.dw));
+        Ok((s, Types::of("linear backward", g, [self.x, self.dy], None, &s)?))
+    }
 }
 
 impl Operation for Linear {
@@ -126,6 +158,18 @@ impl Operation for Linear {
         let (n, c, oc) = sizes(m.graph(), self.x, self.w);
         let (x, w, b) = (m.f32(self.x), m.f32(self.w), m.f32(self.b));
         fast::linear::forward(m.isa(), m.f32_mut(self.y), x, w, b, n, c, oc, m.scratch());
+    }
+    fn prepare_cuda(&self, g: &Graph) -> Result<Vec<u8>> {
+        self.cuda(g).map(|_| Vec::new())
+    }
+    fn workspace(&self, g: &Graph) -> usize {
+        self.cuda(g).map_or(0, |(s, t)| launch::weights_workspace(&s, t))
+    }
+    fn launch(&self, m: &Launcher) -> Result<()> {
+        let (s, t) = self.cuda(m.graph)?;
+        let (x, bias) = ([m.ptr(self.x), Ptr::NULL], m.ptr(self.b));
+        let f = launch::Forward { y: m.ptr(self.y), x, w: m.ptr(self.w), bias, ..Default::default() };
+        launch::forward(m.driver, &s, t, FULL, &f, m.workspace)
     }
 }
 
@@ -158,6 +202,18 @@ impl Operation for LinearBackwardData {
             m.scratch(),
         );
     }
+    fn prepare_cuda(&self, g: &Graph) -> Result<Vec<u8>> {
+        self.cuda(g).map(|_| Vec::new())
+    }
+    fn workspace(&self, g: &Graph) -> usize {
+        self.cuda(g).map_or(0, |(s, t)| launch::weights_workspace(&s, t))
+    }
+    fn launch(&self, m: &Launcher) -> Result<()> {
+        let (s, t) = self.cuda(m.graph)?;
+        let (dx, add) = ([m.ptr(self.dx), Ptr::NULL], [m.optional(self.add), Ptr::NULL]);
+        let b = launch::BackwardData { dx, dy: m.ptr(self.dy), w: m.ptr(self.w), add };
+        launch::backward_data(m.driver, &s, t, FULL, &b, m.workspace)
+    }
 }
 
 impl Operation for LinearBackwardWeight {
@@ -189,5 +245,23 @@ impl Operation for LinearBackwardWeight {
             oc,
             m.scratch(),
         );
+    }
+    fn prepare_cuda(&self, g: &Graph) -> Result<Vec<u8>> {
+        self.cuda(g).map(|_| Vec::new())
+    }
+    fn workspace(&self, g: &Graph) -> usize {
+        self.cuda(g).map_or(0, |(s, t)| launch::backward_weight_workspace(&s, t, FULL))
+    }
+    fn launch(&self, m: &Launcher) -> Result<()> {
+        let (s, t) = self.cuda(m.graph)?;
+        let b = launch::BackwardWeight {
+            dw: m.ptr(self.dw),
+            db: m.ptr(self.db),
+            dy: m.ptr(self.dy),
+            x: [m.ptr(self.x), Ptr::NULL],
+            accumulate: self.accumulate,
+            ..Default::default()
+        };
+        launch::backward_weight(m.driver, &s, t, FULL, &b, m.workspace)
     }
 }

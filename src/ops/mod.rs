@@ -82,6 +82,10 @@ pub trait Operation {
     fn prepare_cuda(&self, _g: &Graph) -> Result<Vec<u8>> {
         Err(no_kernel())
     }
+    /// Bytes of scratch memory that the op's kernels need while they run.
+    fn workspace(&self, _g: &Graph) -> usize {
+        0
+    }
     /// Starts the op's kernels.
     ///
     /// # Errors
@@ -115,6 +119,7 @@ macro_rules! ops {
             fn scratch(&self, g: &Graph) -> usize { match self { $(Op::$kind(op) => op.scratch(g),)* } }
             fn run_cpu(&self, m: &Views) { match self { $(Op::$kind(op) => op.run_cpu(m),)* } }
             fn prepare_cuda(&self, g: &Graph) -> Result<Vec<u8>> { match self { $(Op::$kind(op) => op.prepare_cuda(g),)* } }
+            fn workspace(&self, g: &Graph) -> usize { match self { $(Op::$kind(op) => op.workspace(g),)* } }
             fn launch(&self, m: &Launcher) -> Result<()> { match self { $(Op::$kind(op) => op.launch(m),)* } }
         }
     };

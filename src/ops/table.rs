@@ -56,7 +56,7 @@ impl LogRatio {
     pub const ZERO: Self = LogRatio { s: 0.0, z_hi: 0.0, z_lo: 0.0 };
 }
 
-/// One t of the bound and of the losses: BoundRow of `kernels/gaussian.cuh`.
+/// One t of the bound and of the losses: TableRow of `kernels/gaussian.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 pub struct BoundRow {

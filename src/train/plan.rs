@@ -7,7 +7,7 @@ use crate::autograd;
 use crate::config::Config;
 use crate::diffusion::Objective;
 use crate::error::Result;
-use crate::graph::{DType, Graph, Region, Shape, Val};
+use crate::graph::{DType, Graph, Region, Shape, Source, Val};
 use crate::ops::Control;
 use crate::ops::adamw_ema::{AdamwEma, Hyper};
 use crate::ops::grad_norm::GradNorm;
@@ -27,6 +27,8 @@ pub struct TrainVals {
     pub index: Val,
     /// Label of each image, if the model has classes, i32.
     pub labels: Option<Val>,
+    /// Small image of each, enlarged, in super-resolution.
+    pub low_res: Option<Val>,
     /// Index of each image's step in the process, i32.
     pub t: Val,
     /// Importance weight of each image.
@@ -61,6 +63,8 @@ pub fn record(config: &Config, params: &Params, images: usize) -> Result<(Graph,
     let control = g.fixed("control", Shape::rows(1, size_of::<Control>() / 4), DType::I32, Region::Inputs);
     let index = g.fixed("index", batch, DType::I32, Region::Inputs);
     let labels = m.num_classes.map(|_| g.fixed("labels", batch, DType::I32, Region::Inputs));
+    let large = Shape::new(t.batch_size, m.image_size, m.image_size, m.in_channels);
+    let low_res = m.low_res.map(|_| g.fixed("low_res", large, DType::F32, Region::Inputs));
     let mut term = |name| g.fixed(name, batch, DType::F32, Region::State);
     let terms = LossVals { loss: term("loss"), mse: term("mse"), vb: term("vb") };
     let process_steps = process.steps();
@@ -77,6 +81,7 @@ pub fn record(config: &Config, params: &Params, images: usize) -> Result<(Graph,
         control,
         index,
         labels,
+        low_res,
         terms,
     };
     let mut first = 0;
@@ -87,8 +92,18 @@ pub fn record(config: &Config, params: &Params, images: usize) -> Result<(Graph,
     let norm = r.optimiser(params.len);
     let history = r.dist.history.into_iter().flat_map(|h| [("losses", h.losses), ("counts", h.counts)]);
     let state = [("t", r.dist.t), ("loss", terms.loss)].into_iter().chain(history).collect();
-    let vals =
-        TrainVals { control, index, labels, t: r.dist.t, weight: r.dist.weight, terms, norm, process_steps, state };
+    let vals = TrainVals {
+        control,
+        index,
+        labels,
+        low_res,
+        t: r.dist.t,
+        weight: r.dist.weight,
+        terms,
+        norm,
+        process_steps,
+        state,
+    };
     Ok((r.g, vals))
 }
 
@@ -102,6 +117,7 @@ struct Recorder<'a> {
     control: Val,
     index: Val,
     labels: Option<Val>,
+    low_res: Option<Val>,
     terms: LossVals,
 }
 
@@ -113,7 +129,7 @@ impl Recorder<'_> {
         let mut rows = |v| g.rows(v, first, n);
         let [index, t, time, weight] = [self.index, self.dist.t, self.dist.time, self.dist.weight].map(&mut rows);
         let terms = LossVals { loss: rows(self.terms.loss), mse: rows(self.terms.mse), vb: rows(self.terms.vb) };
-        let labels = self.labels.map(&mut rows);
+        let (labels, low_res) = (self.labels.map(&mut rows), self.low_res.map(&mut rows));
         let first_image = u32::try_from(first).expect("a batch is checked to be below 65,536");
         let (control, flip) = (self.control, self.config.train.flip);
         let images = Images { data: self.data, index, flip, first_image, control };
@@ -121,7 +137,8 @@ impl Recorder<'_> {
         let x_t = QSample::record(g, images.clone(), t, noise, self.process.clone());
         let start = g.steps.len();
         let dropout = Some(DropoutRun { p: self.config.model.dropout, first_image, control });
-        let net = unet::record(g, &self.config.model, &self.params, x_t.into(), time, labels, dropout);
+        let x = Source { a: x_t, b: low_res };
+        let net = unet::record(g, &self.config.model, &self.params, x, time, labels, dropout);
         let out = net.out;
         let end = g.steps.len();
         g.scope("diffusion");

@@ -163,7 +163,7 @@ impl Architecture {
         let mut b = Builder { config, columns: 0, blocks: 0 };
         let base = config.model_channels;
         let levels = config.channel_mult.len();
-        let mut input = vec![vec![Layer::Conv { c: config.in_channels, oc: base }]];
+        let mut input = vec![vec![Layer::Conv { c: config.input_channels(), oc: base }]];
         let (mut kept, mut c, mut factor) = (vec![base], base, 1);
         for (level, mult) in config.channel_mult.iter().enumerate() {
             for _ in 0..config.num_res_blocks {

@@ -12,8 +12,7 @@ use std::process::{Command, Output};
 
 /// 8x8 pixels, two levels, attention at both, learned variance, heads of 16 channels.
 fn config() -> Config {
-    let mut c = Config::default();
-    c.model = ModelConfig {
+    let model = ModelConfig {
         image_size: 8,
         in_channels: 3,
         out_channels: 6,
@@ -24,6 +23,7 @@ fn config() -> Config {
         num_head_channels: Some(16),
         ..ModelConfig::default()
     };
+    let mut c = Config { model, ..Config::default() };
     c.diffusion.var_type = VarType::LearnedRange;
     c.diffusion.noise_schedule = Schedule::Cosine;
     c

@@ -2,6 +2,7 @@
 
 mod bench;
 mod cli;
+mod cuda_conv;
 #[cfg(feature = "emulator")]
 mod cuda_ops;
 mod data;
@@ -16,4 +17,5 @@ mod kernels;
 mod network;
 mod pictures;
 mod steps;
+mod super_res;
 mod train;

@@ -51,7 +51,7 @@ fn a_run_can_be_looked_at() {
     let at = |name: &str| folder.path().join(name);
     let common = ["--out", "run", "--log-interval", "1", "--save-interval", "2", "--sample-interval", "0"];
     let model = "--diffusion-steps 20 --noise-schedule cosine --num-channels 32 --num-res-blocks 1 --channel-mult 1 \
-        --attention-resolutions 8 --batch-size 4 --schedule-sampler loss-second-moment --steps 4";
+        --attention-resolutions 16 --batch-size 4 --schedule-sampler loss-second-moment --steps 4";
     let new: Vec<&str> = ["train", "--tensorboard"].into_iter().chain(common).chain(model.split_whitespace()).collect();
     succeeds(folder.path(), &new);
     let more: Vec<&str> = ["train", "--tensorboard", "--resume", "--steps", "6"].into_iter().chain(common).collect();

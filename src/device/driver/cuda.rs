@@ -1,31 +1,24 @@
 //! The real driver: CUDA's driver API, opened at run time through cudarc.
 //!
 //! Only `libcuda` is needed, and only when a GPU is asked for. cudarc panics where that library is absent, so
-//! [`cuda_present`] is asked first, once. Modules are loaded from the embedded fatbins when a kernel of theirs is first used.
+//! [`super::cuda_present`] is asked first, once. Modules are loaded from the embedded fatbins when a kernel of theirs is first used.
 
 use std::collections::HashMap;
-use std::ffi::{CString, c_void};
-use std::mem::MaybeUninit;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::ffi::CString;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::{CudaContext, CudaStream, sys};
 use sys::CUdevice_attribute as DeviceAttribute;
 use sys::CUfunction_attribute as FunctionAttribute;
 
-use super::{ARCHS, DeviceInfo, Event, FunctionInfo, Launch, MODULES, Packed, Ptr};
-use super::{TensorMap, TensorMapMode, TensorMapSpec};
+use super::cuda_error::{arch_list, describe, driver_version, is_sticky, plain};
+use super::cuda_objects::{CudaEvent, CudaGraph};
+use super::{DeviceInfo, Event, FunctionInfo, Launch, MODULES, Packed, Ptr};
 use crate::error::{Error, Result};
 
 /// CUDA version whose fatbins this binary holds: older drivers cannot read them.
 const NEEDED_DRIVER: i32 = 13000;
-
-/// Is there a `libcuda` to open?
-pub fn cuda_present() -> bool {
-    static PRESENT: OnceLock<bool> = OnceLock::new();
-    // SAFETY: opening the library runs its constructors, which NVIDIA's may.
-    *PRESENT.get_or_init(|| unsafe { sys::is_culib_present() })
-}
 
 /// A loaded kernel.
 #[derive(Clone, Copy)]
@@ -47,7 +40,7 @@ struct State {
 
 /// What [`super::Driver::Cuda`] holds.
 pub struct CudaDriver {
-    context: Arc<CudaContext>,
+    pub(super) context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     state: Mutex<State>,
     sync_each: bool,
@@ -105,12 +98,12 @@ impl CudaDriver {
     }
 
     /// Makes the context current on this thread: the first half of every call.
-    fn bind(&self, what: &str) -> Result<()> {
+    pub(super) fn bind(&self, what: &str) -> Result<()> {
         self.check(what, self.context.bind_to_thread())
     }
 
     /// Turns a CUDA error into what was done, what went wrong and the way out.
-    fn check<T>(&self, what: &str, answer: std::result::Result<T, DriverError>) -> Result<T> {
+    pub(super) fn check<T>(&self, what: &str, answer: std::result::Result<T, DriverError>) -> Result<T> {
         let error = match answer {
             Ok(value) => return Ok(value),
             Err(error) => error,
@@ -393,148 +386,6 @@ impl CudaDriver {
         }
         Ok(())
     }
-
-    pub(super) fn tensor_map(&self, spec: &TensorMapSpec) -> Result<TensorMap> {
-        self.bind("tensor map")?;
-        let mut map = MaybeUninit::<sys::CUtensorMap>::zeroed();
-        let element = match spec.element {
-            super::Element::Bf16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-            super::Element::F32 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
-        };
-        let swizzle = match spec.swizzle {
-            super::Swizzle::None => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_NONE,
-            super::Swizzle::B32 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_32B,
-            super::Swizzle::B64 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_64B,
-            super::Swizzle::B128 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
-        };
-        let interleave = sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE;
-        let l2 = sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
-        let fill = sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE;
-        let (rank, address) = (spec.dims.len() as u32, spec.address.0 as *mut c_void);
-        let (dims, strides, steps) = (spec.dims.as_ptr(), spec.strides_bytes.as_ptr(), spec.element_strides.as_ptr());
-        // SAFETY: TensorMapSpec::check made the lists as long as the rank wants; the map is ours to fill.
-        let done = unsafe {
-            match &spec.mode {
-                TensorMapMode::Tile { sizes } => sys::cuTensorMapEncodeTiled(
-                    map.as_mut_ptr(),
-                    element,
-                    rank,
-                    address,
-                    dims,
-                    strides,
-                    sizes.as_ptr(),
-                    steps,
-                    interleave,
-                    swizzle,
-                    l2,
-                    fill,
-                ),
-                TensorMapMode::Im2col { lower, upper, channels, pixels } => sys::cuTensorMapEncodeIm2col(
-                    map.as_mut_ptr(),
-                    element,
-                    rank,
-                    address,
-                    dims,
-                    strides,
-                    lower.as_ptr(),
-                    upper.as_ptr(),
-                    *channels,
-                    *pixels,
-                    steps,
-                    interleave,
-                    swizzle,
-                    l2,
-                    fill,
-                ),
-            }
-        };
-        self.check(&format!("tensor map {spec:?}"), done.result())?;
-        // SAFETY: CUtensorMap is 128 bytes of plain data, as TensorMap is.
-        Ok(unsafe { std::mem::transmute::<sys::CUtensorMap, TensorMap>(map.assume_init()) })
-    }
-}
-
-/// An event on the GPU.
-pub struct CudaEvent {
-    handle: sys::CUevent,
-    driver: Arc<CudaDriver>,
-}
-
-// SAFETY: events may be used from any thread once the context is bound to it.
-unsafe impl Send for CudaEvent {}
-
-impl CudaEvent {
-    pub(super) fn wait(&self) -> Result<()> {
-        self.driver.bind("waiting for an event")?;
-        // SAFETY: the event is alive.
-        self.driver.check("waiting for an event", unsafe { result::event::synchronize(self.handle) })
-    }
-
-    pub(super) fn passed(&self) -> Result<bool> {
-        self.driver.bind("asking an event")?;
-        // SAFETY: the event is alive.
-        match unsafe { result::event::query(self.handle) } {
-            Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_READY)) => Ok(false),
-            answer => self.driver.check("asking an event", answer).map(|()| true),
-        }
-    }
-
-    pub(super) fn elapsed_ms(&self, start: &CudaEvent) -> Result<f64> {
-        self.wait()?;
-        // SAFETY: both events are alive and recorded.
-        let ms = unsafe { result::event::elapsed(start.handle, self.handle) };
-        self.driver.check("timing between events", ms).map(f64::from)
-    }
-}
-
-impl Drop for CudaEvent {
-    fn drop(&mut self) {
-        // SAFETY: made by record and destroyed once; an error belongs to an earlier launch.
-        let _ = self.driver.context.bind_to_thread().and_then(|()| unsafe { result::event::destroy(self.handle) });
-    }
-}
-
-/// A captured graph, ready to start.
-pub struct CudaGraph {
-    exec: sys::CUgraphExec,
-    driver: Arc<CudaDriver>,
-}
-
-// SAFETY: a graph is started from one thread at a time, because Driver::replay borrows it and the stream orders it.
-unsafe impl Send for CudaGraph {}
-
-impl Drop for CudaGraph {
-    fn drop(&mut self) {
-        // SAFETY: made by end_capture and destroyed once; an error belongs to an earlier launch.
-        let _ = self.driver.context.bind_to_thread().and_then(|()| unsafe { result::graph::exec_destroy(self.exec) });
-    }
-}
-
-/// CUDA version that the installed driver supports, such as 13000.
-///
-/// # Errors
-/// [`Error::Device`] when there is no driver.
-pub fn driver_version() -> Result<i32> {
-    if !cuda_present() {
-        return Err(Error::Device(
-            "no NVIDIA driver: libcuda was not found on this machine; install the driver (580 or newer), or use \
-             --device cpu"
-                .into(),
-        ));
-    }
-    let mut version = 0;
-    // SAFETY: the library is there, and the function fills one integer.
-    unsafe { sys::cuDriverGetVersion(&mut version).result() }.map_err(|e| plain("asking the driver's version", e))?;
-    Ok(version)
-}
-
-/// The architectures in this binary, in words.
-pub fn arch_list() -> String {
-    if ARCHS.is_empty() {
-        return "no architecture".into();
-    }
-    let name = |a: &&str| a.strip_prefix('+').map_or_else(|| format!("sm_{a}"), |p| format!("PTX of compute_{p}"));
-    ARCHS.iter().map(name).collect::<Vec<_>>().join(", ")
 }
 
 fn cluster_attribute(blocks: u32) -> sys::CUlaunchAttribute {
@@ -542,49 +393,4 @@ fn cluster_attribute(blocks: u32) -> sys::CUlaunchAttribute {
     let dim = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: blocks, y: 1, z: 1 };
     let id = Id::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
     sys::CUlaunchAttribute { id, pad: [0; 4], value: Value { clusterDim: dim } }
-}
-
-/// Errors after which nothing in this process reaches the GPU any more.
-fn is_sticky(code: sys::CUresult) -> bool {
-    use sys::CUresult as R;
-    matches!(
-        code,
-        R::CUDA_ERROR_ILLEGAL_ADDRESS
-            | R::CUDA_ERROR_ILLEGAL_INSTRUCTION
-            | R::CUDA_ERROR_MISALIGNED_ADDRESS
-            | R::CUDA_ERROR_INVALID_ADDRESS_SPACE
-            | R::CUDA_ERROR_INVALID_PC
-            | R::CUDA_ERROR_LAUNCH_FAILED
-            | R::CUDA_ERROR_LAUNCH_TIMEOUT
-            | R::CUDA_ERROR_HARDWARE_STACK_ERROR
-            | R::CUDA_ERROR_ASSERT
-            | R::CUDA_ERROR_ECC_UNCORRECTABLE
-    )
-}
-
-/// Name and text of a CUDA error, and what helps. Only called when the library is there.
-fn describe(error: DriverError) -> String {
-    use sys::CUresult as R;
-    let text = |t: std::result::Result<&std::ffi::CStr, DriverError>| {
-        t.map_or_else(|_| format!("CUDA error {}", error.0 as u32), |c| c.to_string_lossy().into_owned())
-    };
-    let (name, words) = (text(error.error_name()), text(error.error_string()));
-    let help = match error.0 {
-        R::CUDA_ERROR_NO_DEVICE => " (no GPU is visible: see nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu)",
-        R::CUDA_ERROR_OUT_OF_MEMORY => " (use a smaller --batch or --microbatch)",
-        R::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH | R::CUDA_ERROR_INVALID_IMAGE => {
-            " (update the NVIDIA driver to 580 or newer)"
-        }
-        R::CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES => " (the block needs more registers or shared memory than this GPU has)",
-        R::CUDA_ERROR_ECC_UNCORRECTABLE => " (the GPU's memory is faulty: reset or replace it)",
-        R::CUDA_ERROR_DEVICE_UNAVAILABLE => " (another process holds the GPU exclusively: see nvidia-smi)",
-        code if is_sticky(code) => " (the process has lost the GPU: end it and resume from the last checkpoint)",
-        _ => "",
-    };
-    format!("{name}, {words}{help}")
-}
-
-/// An error before there is a driver to remember it.
-fn plain(what: &str, error: DriverError) -> Error {
-    Error::Device(format!("{what}: {}", describe(error)))
 }

@@ -7,12 +7,26 @@
 //! Work goes to one stream in order. Errors name what was done and what can be done about it; nothing here panics where
 //! there is no GPU, no driver or no memory. `IDDPM_SYNC=1` waits after each launch, so that a failed one is named.
 
+/// Calls the same method on whichever kind `$driver` is.
+macro_rules! each {
+    ($driver:expr, $d:ident => $call:expr) => {
+        match $driver {
+            Driver::Cuda($d) => $call,
+            #[cfg(feature = "emulator")]
+            Driver::Emulated($d) => $call,
+        }
+    };
+}
+
 mod args;
 mod cuda;
+mod cuda_error;
+mod cuda_objects;
 #[cfg(feature = "emulator")]
 mod emulated;
 #[cfg(feature = "emulator")]
 mod library;
+mod objects;
 #[cfg(feature = "emulator")]
 mod schedule;
 mod tensor_map;
@@ -20,9 +34,12 @@ mod tensor_map;
 use std::sync::Arc;
 
 pub use args::{Arg, Packed};
-pub use cuda::{CudaDriver, CudaEvent, CudaGraph, arch_list, cuda_present, driver_version};
+pub use cuda::CudaDriver;
+pub use cuda_error::{arch_list, cuda_present, driver_version};
+pub use cuda_objects::{CudaEvent, CudaGraph};
 #[cfg(feature = "emulator")]
 pub use emulated::{EmulatedDriver, EmulatedGraph};
+pub use objects::{Buffer, Event, Graph, Pinned};
 #[cfg(feature = "emulator")]
 pub use schedule::{Copies, LaunchTraffic, Order, Schedule, Traffic};
 pub use tensor_map::{Element, Swizzle, TensorMap, TensorMapMode, TensorMapSpec};
@@ -57,7 +74,7 @@ use library::EmulatedKernel;
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
 /// An address in device memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(transparent)]
 pub struct Ptr(pub u64);
 
@@ -154,17 +171,6 @@ pub enum Driver {
     /// The kernels as C++ on the CPU (feature `emulator`).
     #[cfg(feature = "emulator")]
     Emulated(Arc<EmulatedDriver>),
-}
-
-/// Calls the same method on whichever kind `$driver` is.
-macro_rules! each {
-    ($driver:expr, $d:ident => $call:expr) => {
-        match $driver {
-            Driver::Cuda($d) => $call,
-            #[cfg(feature = "emulator")]
-            Driver::Emulated($d) => $call,
-        }
-    };
 }
 
 impl Driver {
@@ -368,120 +374,6 @@ impl Driver {
         spec.check()?;
         each!(self, d => d.tensor_map(spec))
     }
-}
-
-/// Device memory, freed when dropped.
-pub struct Buffer {
-    ptr: Ptr,
-    bytes: usize,
-    driver: Driver,
-}
-
-impl Buffer {
-    /// Where it begins.
-    pub fn ptr(&self) -> Ptr {
-        self.ptr
-    }
-
-    /// How long it is.
-    pub fn bytes(&self) -> usize {
-        self.bytes
-    }
-}
-
-impl Drop for Buffer {
-    fn drop(&mut self) {
-        each!(&self.driver, d => d.free(self.ptr));
-    }
-}
-
-/// Page-locked host memory, freed when dropped.
-pub struct Pinned {
-    host: *mut u8,
-    bytes: usize,
-    driver: Driver,
-}
-
-// SAFETY: the memory belongs to this value alone and is freed through a driver that may be used from any thread.
-unsafe impl Send for Pinned {}
-
-impl std::ops::Deref for Pinned {
-    type Target = [u8];
-    fn deref(&self) -> &[u8] {
-        // SAFETY: alloc_host returned `bytes` initialised bytes, freed only in drop.
-        unsafe { std::slice::from_raw_parts(self.host, self.bytes) }
-    }
-}
-
-impl std::ops::DerefMut for Pinned {
-    fn deref_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as above, and `self` is borrowed exclusively.
-        unsafe { std::slice::from_raw_parts_mut(self.host, self.bytes) }
-    }
-}
-
-impl Drop for Pinned {
-    fn drop(&mut self) {
-        each!(&self.driver, d => d.free_host(self.host, self.bytes));
-    }
-}
-
-/// A place in the stream.
-pub enum Event {
-    /// On a GPU.
-    Cuda(CudaEvent),
-    /// On the emulator, where everything before it has already ended.
-    #[cfg(feature = "emulator")]
-    Emulated(std::time::Instant),
-}
-
-impl Event {
-    /// Waits until the work before it has ended.
-    ///
-    /// # Errors
-    /// [`Error::Device`] when some of it failed.
-    pub fn wait(&self) -> Result<()> {
-        match self {
-            Event::Cuda(e) => e.wait(),
-            #[cfg(feature = "emulator")]
-            Event::Emulated(_) => Ok(()),
-        }
-    }
-
-    /// Has the work before it ended?
-    ///
-    /// # Errors
-    /// [`Error::Device`] when some of it failed.
-    pub fn passed(&self) -> Result<bool> {
-        match self {
-            Event::Cuda(e) => e.passed(),
-            #[cfg(feature = "emulator")]
-            Event::Emulated(_) => Ok(true),
-        }
-    }
-
-    /// Milliseconds of device time from `start` to this event; waits for it.
-    ///
-    /// # Errors
-    /// [`Error::Device`] when the work between them failed.
-    pub fn elapsed_ms(&self, start: &Event) -> Result<f64> {
-        match (self, start) {
-            (Event::Cuda(end), Event::Cuda(start)) => end.elapsed_ms(start),
-            #[cfg(feature = "emulator")]
-            (Event::Emulated(end), Event::Emulated(start)) => Ok((*end - *start).as_secs_f64() * 1e3),
-            #[cfg(feature = "emulator")]
-            _ => panic!("events of different kinds of driver"),
-        }
-    }
-}
-
-/// Recorded work, started as a whole by [`Driver::replay`].
-pub enum Graph {
-    /// A CUDA graph.
-    Cuda(CudaGraph),
-    /// A list of commands.
-    #[cfg(feature = "emulator")]
-    Emulated(EmulatedGraph),
 }
 
 /// The message when memory runs out: what was needed, what there is, and the way out.

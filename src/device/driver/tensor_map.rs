@@ -107,7 +107,7 @@ impl TensorMapSpec {
                 self.element_strides.len()
             ));
         }
-        if self.address.0 % 16 != 0 {
+        if !self.address.0.is_multiple_of(16) {
             return fail(format!("address {:#x} is not a multiple of 16", self.address.0));
         }
         if let Some(s) = self.strides_bytes.iter().find(|s| *s % 16 != 0 || **s >= 1 << 40) {
@@ -133,7 +133,7 @@ impl TensorMapSpec {
             }
         };
         let inner_bytes = inner as usize * self.element.bytes();
-        if inner_bytes % 16 != 0 || inner_bytes > self.swizzle.row_bytes() {
+        if !inner_bytes.is_multiple_of(16) || inner_bytes > self.swizzle.row_bytes() {
             return fail(format!(
                 "{inner_bytes} bytes in the fastest dimension with swizzle {:?}; a multiple of 16 that fits the swizzle's row",
                 self.swizzle

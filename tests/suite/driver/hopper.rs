@@ -114,10 +114,10 @@ fn bulk_stores_write_only_inside_the_tensor() {
         let map = d.tensor_map(&matrix(out.ptr(), 20, 96, [64, 8], Swizzle::None)).unwrap();
         d.launch("test_tma_store", Launch::new([1, 1, 1], [128, 1, 1]).shared(1024), args![&map, 48, 15]).unwrap();
         let got = download::<bf16>(&d, &out, rows * columns);
-        for i in 0..rows * columns {
+        for (i, got) in got.iter().enumerate() {
             let (r, c) = (i / columns, i % columns);
             let truth = if r >= 15 && c >= 48 { (((r - 15) * 64 + c - 48) % 256) as f32 } else { 0.0 };
-            assert_eq!(got[i].to_f32(), truth, "element ({r}, {c}) on {on}");
+            assert_eq!(got.to_f32(), truth, "element ({r}, {c}) on {on}");
         }
     }
 }

@@ -80,6 +80,11 @@ fn asynchronous_copies_are_counted() {
     let t = log[0].traffic;
     assert_eq!((t.read_bytes, t.written_bytes, t.read_sectors), (4096, 4096, 128));
     assert_eq!(t.bank_conflicts(), 0);
+    // Twelve matrices by ldmatrix, their rows side by side: one pass each, and one each of the four that fill the 512 bytes.
+    let out = d.alloc(4 * 384).unwrap();
+    let run = || d.launch("test_ldmatrix", Launch::new([1, 1, 1], [32, 1, 1]), args![out.ptr(), x.ptr()]);
+    let (_, log) = d.emulator().unwrap().metered(run).unwrap();
+    assert_eq!((log[0].traffic.shared_wavefronts, log[0].traffic.shared_ideal), (16, 16));
 }
 
 /// The meter only watches.

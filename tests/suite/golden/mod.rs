@@ -40,6 +40,7 @@ const KINDS: &[(&str, Check)] = &[
     ("09_resblocks", network::resblocks),
     ("09_attention", network::attention),
     ("10_unet_", network::unet),
+    ("10_superres", network::super_resolution),
     ("10_adamw_ema", network::adamw_ema),
     ("10_training", network::training),
     ("12_image_codes", codes::check),
@@ -47,7 +48,6 @@ const KINDS: &[(&str, Check)] = &[
 
 /// What a folder may also hold, unread here, and why.
 const UNREAD: &[(&str, &str)] = &[
-    ("10_superres", "the super-resolution network is not part of the crate"),
     ("11_pt", "read by pickles_match_the_reference"),
     ("12_architectures.json", "read by architectures_match_the_reference"),
     ("INDEX.md", "prose"),
@@ -118,6 +118,7 @@ kinds! {
     resblocks_match_the_reference "09_resblocks",
     attention_matches_the_reference "09_attention",
     unet_matches_the_reference "10_unet_",
+    super_resolution_matches_the_reference "10_superres",
     adamw_ema_matches_the_reference "10_adamw_ema",
     training_matches_the_reference "10_training",
     image_codes_match_the_reference "12_image_codes",

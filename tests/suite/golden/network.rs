@@ -7,9 +7,10 @@ use super::vectors::{self, Tensor, VectorFile};
 use crate::device::device;
 use iddpm::autograd;
 use iddpm::config::{DiffusionConfig, FirstStep, LossType, ModelConfig};
+use iddpm::data::low_res::bilinear;
 use iddpm::device::{Device, Plan, PlanId};
 use iddpm::diffusion::Objective;
-use iddpm::graph::{DType, Graph, Region, Shape, Val};
+use iddpm::graph::{DType, Graph, Region, Shape, Source, Val};
 use iddpm::ops::Control;
 use iddpm::ops::adamw_ema::{AdamwEma, Hyper};
 use iddpm::ops::attention::{Attention, QkvOrder};
@@ -403,6 +404,47 @@ pub fn unet(file: &VectorFile) {
     compare(file, &params, &run.region(Region::Grads, params.len), "loss/grad/param/", "");
 }
 
+/// File 10_superres: the network with a small image, enlarged, beside x.
+pub fn super_resolution(file: &VectorFile) {
+    let mut config = model_config(&file.settings["config"]);
+    config.low_res = Some(*file.get("in/low_res").shape.last().unwrap());
+    let params = Params::new(&config);
+    unet_forward(file, &config, &params, &load(file, &params, "param/", ""));
+}
+
+/// The small images of a file, enlarged to the size of x (n, h, w, c).
+fn enlarged(file: &VectorFile) -> Vec<f32> {
+    let (low, x) = (file.get("in/low_res"), file.get("in/x"));
+    let [n, c, h, w] = low.shape[..] else { panic!("low_res has no four dimensions") };
+    let (to, pixels) = ([x.shape[2], x.shape[3]], low.channels_last().f32s());
+    let mut out = vec![f32::NAN; n * to[0] * to[1] * c];
+    for (out, image) in out.chunks_exact_mut(to[0] * to[1] * c).zip(pixels.chunks_exact(h * w * c)) {
+        bilinear(out, image, [h, w], to, c);
+    }
+    compare_image(file, "upsampled", &out);
+    out
+}
+
+/// The gradient with respect to the small images from that with respect to the enlarged ones: enlarging is linear, so
+/// each of its elements is the product of the gradient with an enlarged unit image.
+fn compare_small_gradient(file: &VectorFile, grad: &[f32]) {
+    let (low, x) = (file.get("in/low_res"), file.get("in/x"));
+    let [n, c, h, w] = low.shape[..] else { panic!("low_res has no four dimensions") };
+    let to = [x.shape[2], x.shape[3]];
+    let each = to[0] * to[1] * c;
+    let mut small = vec![0.0f32; n * h * w * c];
+    for i in 0..h * w * c {
+        let (mut unit, mut large) = (vec![0.0; h * w * c], vec![0.0; each]);
+        unit[i] = 1.0;
+        bilinear(&mut large, &unit, [h, w], to, c);
+        for image in 0..n {
+            let product = large.iter().zip(&grad[image * each..]).map(|(a, b)| f64::from(*a) * f64::from(*b));
+            small[image * h * w * c + i] = product.sum::<f64>() as f32;
+        }
+    }
+    compare_image(file, "vjp/in/low_res", &small);
+}
+
 fn unet_forward(file: &VectorFile, config: &ModelConfig, params: &Params, weights: &[f32]) {
     let mut g = Graph::new();
     let vals = params.declare(&mut g);
@@ -411,10 +453,14 @@ fn unet_forward(file: &VectorFile, config: &ModelConfig, params: &Params, weight
     let xv = g.fixed("x", image_shape(x), DType::F32, Region::Inputs);
     let tv = g.fixed("t", Shape::rows(n, 1), DType::F32, Region::Inputs);
     let yv = config.num_classes.map(|_| g.fixed("y", Shape::rows(n, 1), DType::I32, Region::Inputs));
-    let net = unet::record(&mut g, config, &vals, xv.into(), tv, yv, None);
+    let low = config.low_res.map(|_| g.fixed("low_res", image_shape(x), DType::F32, Region::Inputs));
+    let net = unet::record(&mut g, config, &vals, Source { a: xv, b: low }, tv, yv, None);
     let steps = g.steps.len();
     let dv = g.fixed("cotangent", image_shape(cotangent), DType::F32, Region::Inputs);
-    let dx = autograd::backward(&mut g, 0..steps, net.out, dv, &[xv])[0].unwrap();
+    let wanted: Vec<Val> = [xv].into_iter().chain(low).collect();
+    let dx = autograd::backward(&mut g, 0..steps, net.out, dv, &wanted);
+    let (dx, d_low) = (dx[0].unwrap(), dx.get(1).map(|v| v.unwrap()));
+    d_low.iter().for_each(|v| g.keep(*v));
     let mut named = vec![("out".to_string(), net.out), ("emb".into(), net.emb), ("vjp/in/x".into(), dx)];
     let numbered = |part: &str, list: &[Val]| -> Vec<(String, Val)> {
         list.iter().enumerate().map(|(i, v)| (format!("feat/{part}.{i}"), *v)).collect()
@@ -429,6 +475,9 @@ fn unet_forward(file: &VectorFile, config: &ModelConfig, params: &Params, weight
     device.write(id, xv, &x.channels_last().f32s()).unwrap();
     device.write(id, tv, &file.get("in/timesteps").f32s()).unwrap();
     device.write(id, dv, &cotangent.channels_last().f32s()).unwrap();
+    if let Some(low) = low {
+        device.write(id, low, &enlarged(file)).unwrap();
+    }
     if let Some(yv) = yv {
         device.write(id, yv, &ints(file.get("in/y"))).unwrap();
     }
@@ -439,6 +488,9 @@ fn unet_forward(file: &VectorFile, config: &ModelConfig, params: &Params, weight
             4 => compare_image(file, name, &values),
             _ => file.compare_f32(name, &values),
         }
+    }
+    if let Some(d_low) = d_low {
+        compare_small_gradient(file, &read(&device, id, d_low));
     }
     let mut grads = vec![0.0; params.len];
     device.read_region(Region::Grads, &mut grads).unwrap();

@@ -110,7 +110,7 @@ fn a_gif_of_many_colours_has_256_of_them_near_the_right_ones() {
     let error: f64 = shown.pixels.iter().zip(want.chunks_exact(3)).map(square).sum();
     let rms = (error / want.len() as f64).sqrt();
     // 256 equal boxes would cut each side of the cube of colours into 6.35; an even spread over a box has a deviation of
-    // its side over sqrt(12): 256/6.35/3.46 = 11.6. A cut by medians must not be worse.
+    // its side over sqrt(12): 256/6.35/3.46 = 11.6. Colours chosen for the pixels must not be worse.
     assert!(rms < 11.6, "{rms}");
 }
 

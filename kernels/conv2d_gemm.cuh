@@ -1,0 +1,139 @@
+// Forward and data gradient of a convolution as implicit GEMM: D[m, n] = Σ_k A[m, k] B[n, k].
+//
+//   m  a pixel of the grid (images, gh, gw); it is written to pixel (i·out_step + py, j·out_step + px) of the output
+//   n  a channel of the output, which may be two tensors side by side
+//   k  (tap, channel) of the gathered image, which may be two tensors side by side: no concatenation is ever written
+//   B  weights (o, w_taps, w_channels): as they are forward (n = o, k contiguous), transposed backward (n = channel)
+//
+// Epilogue: + bias[n] + shift[image, n] + add, then one rounding. blockIdx.x counts tiles, those of one m first; blockIdx.z
+// is the phase (py, px) where out_step is 2: each phase has its own taps.   Reference: src/ops/conv2d.rs.
+#pragma once
+#include "conv2d.cuh"
+
+struct Tap {
+    int8_t dy, dx;
+    int16_t w;  // tap of the weights
+};
+
+struct ConvGemm {
+    const void* a[2];
+    const void* w;
+    void* out[2];
+    const void* add[2];     // shaped as out, or null
+    const void* shift;      // rows of shift_stride, one per image, or null
+    const float* bias;      // or null
+    int32_t a_channels[2], out_channels[2];
+    int32_t rows;           // images * gh * gw
+    int32_t ah, aw, a_step; // gathered image
+    int32_t oh, ow, out_step;
+    int32_t w_taps, w_channels, shift_stride, tiles_n;
+    int32_t first_tap[5];   // of each phase
+    FastDiv by_grid, by_width, by_channels;  // gh * gw; gw; channels of a
+    Tap taps[MAX_TAPS];
+    int32_t unused;
+};
+
+// A row of the tile as its loader sees it: first pixel of the image, and the pixel under tap (0, 0).
+struct GridRow {
+    int base, y, x;
+    GridRow() = default;
+    DEV GridRow(const ConvGemm& p, int m) {
+        if (m >= p.rows) {
+            base = 0, y = x = -(1 << 20);  // every tap falls outside
+            return;
+        }
+        int image = p.by_grid.div(m), rest = m - image * int(p.by_grid.divisor), i = p.by_width.div(rest);
+        base = image * p.ah * p.aw, y = i * p.a_step, x = (rest - i * int(p.by_width.divisor)) * p.a_step;
+    }
+    // Index of the pixel under `tap`, or -1 outside the image.
+    DEV int pixel(const ConvGemm& p, Tap tap) const {
+        int iy = y + tap.dy, ix = x + tap.dx;
+        return inside(iy, ix, p.ah, p.aw) ? base + iy * p.aw + ix : -1;
+    }
+};
+
+// A position along k: channel c of source s under a tap. The channels of each source are rounded up to whole blocks.
+struct Position {
+    int tap, s, c;
+    DEV void advance(const ConvGemm& p, int by) {
+        c += by;
+        if (c < p.a_channels[s]) return;
+        c = 0;
+        if (s == 0 && p.a_channels[1] > 0) {
+            s = 1;
+        } else {
+            s = 0, tap++;
+        }
+    }
+};
+
+// Element (row, k) of A and (n, k) of B with k = tap * channels + channel counted through: any number of channels.
+template <class T> DEV T gathered(const ConvGemm& p, const GridRow& row, int k, int first, int last) {
+    int tap = first + p.by_channels.div(k), c = p.by_channels.mod(k);
+    if (tap >= last) return from_float<T>(0.0f);
+    int pixel = row.pixel(p, p.taps[tap]), s = c >= p.a_channels[0];
+    if (pixel < 0) return from_float<T>(0.0f);
+    return static_cast<const T*>(p.a[s])[int64_t(pixel) * p.a_channels[s] + c - (s ? p.a_channels[0] : 0)];
+}
+template <class T, bool TRANSPOSED> DEV T weight(const ConvGemm& p, int n, int k, int first, int last) {
+    int tap = first + p.by_channels.div(k), c = p.by_channels.mod(k);
+    if (tap >= last || n >= p.out_channels[0] + p.out_channels[1]) return from_float<T>(0.0f);
+    int o = TRANSPOSED ? c : n, i = TRANSPOSED ? n : c;
+    return static_cast<const T*>(p.w)[(int64_t(o) * p.w_taps + p.taps[tap].w) * p.w_channels + i];
+}
+
+// Where row m of the grid is written, and to which image it belongs; pixel -1 if nowhere.
+struct Target {
+    int pixel, image;
+    DEV Target(const ConvGemm& p, int m, int phase) {
+        pixel = -1, image = 0;
+        if (m >= p.rows) return;
+        image = p.by_grid.div(m);
+        if (p.out_step == 1) {
+            pixel = m;
+            return;
+        }
+        int rest = m - image * int(p.by_grid.divisor), i = p.by_width.div(rest), j = rest - i * int(p.by_width.divisor);
+        int y = i * p.out_step + (phase >> 1), x = j * p.out_step + (phase & 1);
+        if (inside(y, x, p.oh, p.ow)) pixel = (image * p.oh + y) * p.ow + x;
+    }
+};
+
+// v += from[0 .. 4], of which `count` exist: one access where the address allows it.
+template <class T> DEV void add_quad(float (&v)[4], const T* from, int count) {
+    if (count >= 4 && reinterpret_cast<uintptr_t>(from) % sizeof(Vec<T, 4>) == 0) {
+        Vec<T, 4> quad = *reinterpret_cast<const Vec<T, 4>*>(from);
+#pragma unroll
+        for (int e = 0; e < 4; e++) v[e] += to_float(quad[e]);
+    } else {
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            if (e < count) v[e] += to_float(from[e]);
+    }
+}
+
+// Adds what the epilogue adds to columns n .. n + 4 of one pixel and writes them.
+template <class T> DEV void put(const ConvGemm& p, const Target& to, int n, float (&v)[4]) {
+    int count = p.out_channels[0] + p.out_channels[1] - n;
+    if (to.pixel < 0 || count <= 0) return;
+    if (p.bias) add_quad(v, p.bias + n, count);
+    if (p.shift) add_quad(v, static_cast<const T*>(p.shift) + int64_t(to.image) * p.shift_stride + n, count);
+    if ((p.out_channels[0] % 4 | p.out_channels[1] % 4) == 0) {
+        int s = n >= p.out_channels[0];
+        int64_t at = int64_t(to.pixel) * p.out_channels[s] + n - (s ? p.out_channels[0] : 0);
+        if (p.add[s]) add_quad(v, static_cast<const T*>(p.add[s]) + at, 4);
+        Vec<T, 4> out;
+#pragma unroll
+        for (int e = 0; e < 4; e++) out[e] = from_float<T>(v[e]);
+        *reinterpret_cast<Vec<T, 4>*>(static_cast<T*>(p.out[s]) + at) = out;
+        return;
+    }
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        if (e >= count) break;
+        int s = n + e >= p.out_channels[0];
+        int64_t at = int64_t(to.pixel) * p.out_channels[s] + n + e - (s ? p.out_channels[0] : 0);
+        if (p.add[s]) v[e] += to_float(static_cast<const T*>(p.add[s])[at]);
+        static_cast<T*>(p.out[s])[at] = from_float<T>(v[e]);
+    }
+}
