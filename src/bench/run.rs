@@ -62,8 +62,8 @@ impl TrainingStep {
         params: &Params,
         open: Open,
     ) -> Result<Self> {
-        train::check_memory(plan.bytes())?;
         let mut device = open()?;
+        train::memory::check(config, &device, &plan)?;
         let planned = plan.bytes();
         let id = device.bind(plan)?;
         device.write_region(Region::Data, &images.pixels)?;

@@ -3,7 +3,7 @@
 //! Addresses never change between two calls of `bind`, `set_weights` and `write_region`, so a plan can be recorded as one graph
 //! ([`Cuda::capture`]) and started as a whole.
 
-use super::driver::{self, Buffer, Driver, Ptr};
+use super::driver::{self, Buffer, Driver, Event, Pinned, Ptr};
 use super::{Plan, PlanId, Weights};
 use crate::error::{Error, Result};
 use crate::graph::{ALIGN, DType, Place, Region, Val};
@@ -138,14 +138,17 @@ impl Cuda {
                 _ => ptr(&model[region as usize]),
             };
             let values = b.plan.graph.values.iter().zip(&b.plan.layout.offsets);
-            b.address = values
+            let address: Vec<Ptr> = values
                 .map(|(v, &offset)| match v.place {
                     Place::Arena => ptr(&b.arena).offset(offset),
                     Place::Fixed(region, at) => base(region).offset(at),
                 })
                 .collect();
+            // A graph holds the addresses it was recorded with.
+            if b.address != address {
+                (b.address, b.graph) = (address, None);
+            }
         }
-        self.drop_graphs();
     }
 
     fn drop_graphs(&mut self) {
@@ -185,6 +188,33 @@ impl Cuda {
         let value = &self.plans[id.0].plan.graph[v];
         assert_eq!(out.len(), value.bytes(), "{}: bytes read", value.name);
         self.driver.read(self.host_address(id, v), out)
+    }
+
+    /// Bytes that `region` of the model has.
+    pub(super) fn held(&self, region: Region) -> usize {
+        self.model[region as usize].as_ref().map_or(0, Buffer::bytes)
+    }
+
+    /// Where the plan's own `region` begins.
+    pub(super) fn region(&self, id: PlanId, region: Region) -> Ptr {
+        let b = &self.plans[id.0];
+        match region {
+            Region::Inputs => ptr(&b.inputs),
+            Region::State => ptr(&b.state),
+            _ => panic!("{region:?} belongs to the model"),
+        }
+    }
+
+    pub(super) fn start_write(&self, to: Ptr, data: &Pinned) -> Result<()> {
+        if data.is_empty() { Ok(()) } else { self.driver.write_pinned(to, data) }
+    }
+
+    pub(super) fn start_read(&self, from: Ptr, out: &mut Pinned) -> Result<()> {
+        if out.is_empty() { Ok(()) } else { self.driver.read_pinned(from, out) }
+    }
+
+    pub(super) fn write_data_aside(&self, at: usize, data: &Pinned, after: Option<&Event>) -> Result<Event> {
+        self.driver.write_aside(ptr(&self.model[Region::Data as usize]).offset(at), data, after)
     }
 
     pub(super) fn write_region(&mut self, region: Region, data: &[u8]) -> Result<()> {

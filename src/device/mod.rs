@@ -6,6 +6,9 @@
 pub mod cpu;
 pub mod cuda;
 pub mod driver;
+pub mod host;
+pub mod ring;
+pub mod room;
 
 use crate::error::Result;
 use crate::graph::{Graph, Region, Val};

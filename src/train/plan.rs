@@ -163,7 +163,7 @@ impl Recorder<'_> {
         let m = flat("adam_m", 1, Region::AdamM);
         let v = flat("adam_v", 1, Region::AdamV);
         let ema = Some(flat("ema", hyper.ema_rates.len(), Region::Ema));
-        let norm = GradNorm::record(g, grads);
+        let norm = GradNorm::record_guarded(g, grads, self.terms.loss);
         g.push(AdamwEma { params: self.params.all, m, v, ema, copy: None, grads, norm, control: self.control, hyper });
         norm
     }

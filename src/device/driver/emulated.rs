@@ -203,12 +203,17 @@ impl EmulatedDriver {
     }
 
     pub(super) fn alloc_host(&self, bytes: usize) -> Result<*mut u8> {
-        Ok(Box::into_raw(vec![0u8; bytes].into_boxed_slice()).cast())
+        // SAFETY: the size is not 0.
+        let host = unsafe { std::alloc::alloc_zeroed(host_layout(bytes)) };
+        if host.is_null() {
+            return Err(Error::Device(format!("no {bytes} bytes of host memory are free: use a smaller --batch-size")));
+        }
+        Ok(host)
     }
 
     pub(super) fn free_host(&self, host: *mut u8, bytes: usize) {
-        // SAFETY: the pair came from alloc_host, which made it of a boxed slice of that length.
-        drop(unsafe { Box::from_raw(std::ptr::slice_from_raw_parts_mut(host, bytes)) });
+        // SAFETY: the pair came from alloc_host, which asked for the same layout.
+        unsafe { std::alloc::dealloc(host, host_layout(bytes)) };
     }
 
     fn refuse_in_capture(&self, what: &str) -> Result<()> {
@@ -260,4 +265,9 @@ impl EmulatedDriver {
     pub(super) fn tensor_map(&self, spec: &TensorMapSpec) -> Result<TensorMap> {
         self.library.tensor_map(spec)
     }
+}
+
+/// Host memory starts at a page, as pinned memory does.
+fn host_layout(bytes: usize) -> std::alloc::Layout {
+    std::alloc::Layout::from_size_align(bytes.max(1), 4096).expect("fewer bytes than an address counts")
 }

@@ -71,6 +71,15 @@ pub enum Event {
 }
 
 impl Event {
+    /// The event on a GPU.
+    pub(super) fn cuda(&self) -> Option<&CudaEvent> {
+        match self {
+            Event::Cuda(e) => Some(e),
+            #[cfg(feature = "emulator")]
+            Event::Emulated(_) => None,
+        }
+    }
+
     /// Waits until the work before it has ended.
     ///
     /// # Errors
