@@ -78,6 +78,16 @@ pub enum TimestepSampler {
     LossSecondMoment,
 }
 
+/// Numbers of the network on CUDA: activations and the weights that products read. The processor computes in f32.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Precision {
+    /// bfloat16, with sums, statistics and master weights in f32.
+    #[default]
+    Bf16,
+    /// f32 throughout: slow, for checking.
+    F32,
+}
+
 /// The network (`UNetModel` of the reference).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ModelConfig {

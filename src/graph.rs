@@ -4,6 +4,7 @@
 //! appends one [`Step`], [`crate::autograd`] appends more, [`crate::memory`] gives each value a place, and a
 //! [`crate::device`] runs the list.
 
+use crate::config::Precision;
 use crate::ops::{Cost, Op, Operation};
 use std::collections::HashSet;
 
@@ -189,6 +190,16 @@ impl Source {
     }
 }
 
+/// What a plan is recorded for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Target {
+    /// The processor, in f32.
+    #[default]
+    Cpu,
+    /// A GPU or its emulation.
+    Cuda(Precision),
+}
+
 /// Values, steps and the sizes of the plan's own regions.
 #[derive(Clone, Debug, Default)]
 pub struct Graph {
@@ -198,6 +209,8 @@ pub struct Graph {
     pub steps: Vec<Step>,
     /// Parameter gradients already written by an earlier step, so that the next one adds.
     pub grads_written: HashSet<Val>,
+    /// What the plan is recorded for.
+    pub target: Target,
     /// Activations are bf16, for CUDA; otherwise f32.
     pub half: bool,
     scope: String,
@@ -208,9 +221,14 @@ pub struct Graph {
 pub const ALIGN: usize = 256;
 
 impl Graph {
-    /// An empty plan.
+    /// An empty plan for the processor.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// An empty plan for `target`.
+    pub fn on(target: Target) -> Self {
+        Graph { target, half: target == Target::Cuda(Precision::Bf16), ..Self::default() }
     }
 
     /// Names the module that the next steps belong to.

@@ -5,6 +5,7 @@
 
 use super::driver::{self, Buffer, Driver, Ptr};
 use super::{Plan, PlanId, Weights};
+use crate::config::Precision;
 use crate::error::{Error, Result};
 use crate::graph::{ALIGN, DType, Place, Region, Val};
 use crate::ops::Operation;
@@ -38,6 +39,8 @@ pub struct Cuda {
     plans: Vec<Bound>,
     driver: Driver,
     blocks: usize,
+    /// Numbers of the network in plans recorded for this device.
+    pub(super) precision: Precision,
 }
 
 /// A zeroed buffer, or none for no bytes.
@@ -60,7 +63,7 @@ impl Cuda {
     /// When the driver does not answer.
     pub fn new(driver: Driver) -> Result<Self> {
         let blocks = BLOCKS_PER_MULTIPROCESSOR * driver.info()?.multiprocessors;
-        Ok(Cuda { model: Default::default(), plans: Vec::new(), driver, blocks })
+        Ok(Cuda { model: Default::default(), plans: Vec::new(), driver, blocks, precision: Precision::default() })
     }
 
     /// The driver.

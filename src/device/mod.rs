@@ -7,8 +7,9 @@ pub mod cpu;
 pub mod cuda;
 pub mod driver;
 
+use crate::config::Precision;
 use crate::error::Result;
-use crate::graph::{Graph, Region, Val};
+use crate::graph::{Graph, Region, Target, Val};
 use crate::memory::{self, Layout};
 use cpu::Cpu;
 use cuda::Cuda;
@@ -77,6 +78,22 @@ impl Device {
     /// When the build has no emulator.
     pub fn emulated() -> Result<Self> {
         Ok(Device::Cuda(Cuda::new(Driver::emulated()?)?))
+    }
+
+    /// The device with the network in `precision`, which the processor has no choice of.
+    pub fn with_precision(mut self, precision: Precision) -> Self {
+        if let Device::Cuda(d) = &mut self {
+            d.precision = precision;
+        }
+        self
+    }
+
+    /// What plans for this device are recorded for.
+    pub fn target(&self) -> Target {
+        match self {
+            Device::Cpu(_) => Target::Cpu,
+            Device::Cuda(d) => Target::Cuda(d.precision),
+        }
     }
 
     /// Records the plan as one graph where the device can: `run` then starts it as a whole.
