@@ -6,6 +6,8 @@ mod cli;
 mod cuda_conv;
 #[cfg(feature = "emulator")]
 mod cuda_ops;
+#[cfg(feature = "emulator")]
+mod cuda_small;
 mod data;
 mod device;
 mod diffusion;
