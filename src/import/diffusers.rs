@@ -173,8 +173,8 @@ fn attention_levels(f: &Fields, levels: usize) -> std::result::Result<Vec<usize>
 fn process(config: &Value, model: &ModelConfig) -> std::result::Result<DiffusionConfig, String> {
     let f = Fields(config);
     let diffusion_steps = f.count("num_train_timesteps", 1000)?;
-    f.only("trained_betas", Value::Null, Value::Null)?;
     let noise_schedule = match f.text("beta_schedule", "linear")?.as_str() {
+        _ if let Some(betas) = f.field("trained_betas") => written_out(betas, diffusion_steps)?,
         "linear" => {
             let scale = 1000.0 / diffusion_steps as f64;
             let (start, end) = (f.number("beta_start", 1e-4)?, f.number("beta_end", 0.02)?);
@@ -211,6 +211,15 @@ fn process(config: &Value, model: &ModelConfig) -> std::result::Result<Diffusion
         rescale_timesteps,
         ..DiffusionConfig::default()
     })
+}
+
+/// The schedule whose betas a scheduler lists: the sigmoid one, which diffusers knows no name for.
+fn written_out(betas: &Value, steps: usize) -> std::result::Result<Schedule, String> {
+    let betas: Vec<f64> = betas.as_array().into_iter().flatten().filter_map(Value::as_f64).collect();
+    let sigmoid = sigmoid_betas(steps);
+    // Other programs may have kept them as f32.
+    let same = betas.len() == steps && betas.iter().zip(&sigmoid).all(|(a, b)| (a - b).abs() <= 1e-6 * b);
+    if same { Ok(Schedule::Sigmoid) } else { Err("trained_betas: only those of the sigmoid schedule".into()) }
 }
 
 /// What diffusers calls the tensor `name` of the network `m`.

@@ -19,10 +19,10 @@ fn a_velocity_model_is_trained_and_sampled() {
     good(f, "sample --model-path run --num-samples 2 --use-ddim --timestep-respacing 4 --out s --ema-rate 0");
     good(f, "sample --model-path run --num-samples 2 --predict-v True --out s --ema-rate 0");
     good(f, "nll --model-path run --num-samples 2 --out n");
-    // Diffusers gets the betas themselves; without our record of the schedule they are refused by name.
+    // Diffusers gets the betas themselves; they are recognised without our record of the schedule.
     good(f, "export run --to folder");
     let settings = std::fs::read_to_string(f.join("folder/scheduler_config.json")).unwrap();
-    let settings: serde_json::Value = serde_json::from_str(&settings).unwrap();
+    let mut settings: serde_json::Value = serde_json::from_str(&settings).unwrap();
     assert_eq!(settings["prediction_type"], "v_prediction");
     let betas: Vec<f64> = serde_json::from_value(settings["trained_betas"].clone()).unwrap();
     assert_eq!(betas, sigmoid_betas(12));
@@ -34,7 +34,12 @@ fn a_velocity_model_is_trained_and_sampled() {
     let bytes = std::fs::read(&weights).unwrap();
     let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     std::fs::write(&weights, safetensors::serialize(tensors.iter(), None).unwrap()).unwrap();
-    bad(f, "import folder --to other.safetensors", &["trained_betas"]);
+    good(f, "import folder --to other.safetensors");
+    let other = config(&f.join("other.safetensors"));
+    assert_eq!((other.noise_schedule, other.mean_type), (trained.noise_schedule, trained.mean_type));
+    settings["trained_betas"][3] = 0.5.into();
+    std::fs::write(f.join("folder/scheduler_config.json"), settings.to_string()).unwrap();
+    bad(f, "import folder --to third.safetensors", &["trained_betas", "sigmoid"]);
 
     bad(f, "sample --model-path run --predict-v False", &["--predict-v false", "true"]);
     bad(f, "sample --model-path run --loss-weight uniform", &["--loss-weight uniform", "min-snr:5"]);
