@@ -235,6 +235,11 @@ impl Graph {
         self.value(name, shape, dtype, Place::Arena)
     }
 
+    /// A new value in the arena of the type of `v`.
+    pub fn of_type(&mut self, name: &str, shape: Shape, v: Val) -> Val {
+        self.value(name, shape, self[v].dtype, Place::Arena)
+    }
+
     /// A new value at the end of `region`.
     pub fn fixed(&mut self, name: &str, shape: Shape, dtype: DType, region: Region) -> Val {
         let at = self.region_bytes[region as usize].next_multiple_of(ALIGN);
