@@ -5,6 +5,8 @@ mod cli;
 #[cfg(feature = "emulator")]
 mod cuda_conv;
 #[cfg(feature = "emulator")]
+mod cuda_norm;
+#[cfg(feature = "emulator")]
 mod cuda_ops;
 #[cfg(feature = "emulator")]
 mod cuda_small;
