@@ -19,6 +19,7 @@ mod import;
 mod kernels;
 mod network;
 mod pictures;
+mod sampling;
 mod steps;
 mod super_res;
 mod train;

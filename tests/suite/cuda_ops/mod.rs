@@ -22,7 +22,7 @@ use iddpm::rng;
 use iddpm::schedule::{Process, space_timesteps};
 use std::sync::Arc;
 
-pub const MEANS: [MeanType; 3] = [MeanType::Epsilon, MeanType::XStart, MeanType::PreviousX];
+pub const MEANS: [MeanType; 4] = [MeanType::Epsilon, MeanType::XStart, MeanType::PreviousX, MeanType::V];
 pub const VARIANCES: [VarType; 4] = [VarType::FixedSmall, VarType::FixedLarge, VarType::Learned, VarType::LearnedRange];
 
 /// Every meaning of the network's output.
