@@ -107,11 +107,13 @@ pub enum Region {
     Inputs,
     /// What survives from run to run: drawn t, losses, the loss history.
     State,
+    /// The weights of products in bf16, laid out as `Params` at half the offsets: CUDA's copy of the weights in use.
+    Compute,
 }
 
 impl Region {
     /// All regions, in the order of their numbers.
-    pub const ALL: [Region; 8] = [
+    pub const ALL: [Region; 9] = [
         Region::Params,
         Region::Ema,
         Region::Grads,
@@ -120,11 +122,12 @@ impl Region {
         Region::Data,
         Region::Inputs,
         Region::State,
+        Region::Compute,
     ];
 
     /// Whether the region belongs to one plan rather than to the model.
     pub fn of_plan(self) -> bool {
-        matches!(self, Region::Inputs | Region::State)
+        matches!(self, Region::Inputs | Region::State | Region::Compute)
     }
 }
 
@@ -135,6 +138,16 @@ pub enum Place {
     Arena,
     /// At a byte offset of a region.
     Fixed(Region, usize),
+}
+
+impl Place {
+    /// The region, if it is one.
+    pub fn region(self) -> Option<Region> {
+        match self {
+            Place::Arena => None,
+            Place::Fixed(region, _) => Some(region),
+        }
+    }
 }
 
 /// One value: a tensor written by a step or by the host.
@@ -243,8 +256,12 @@ impl Graph {
 
     /// A new value in the arena of the type of activations: f32, or bf16 where the plan is recorded for it.
     pub fn activation(&mut self, name: &str, shape: Shape) -> Val {
-        let dtype = if self.half { DType::Bf16 } else { DType::F32 };
-        self.value(name, shape, dtype, Place::Arena)
+        self.value(name, shape, self.float(), Place::Arena)
+    }
+
+    /// The type of activations.
+    pub fn float(&self) -> DType {
+        if self.half { DType::Bf16 } else { DType::F32 }
     }
 
     /// A new value in the arena of the size and type of `v`.
@@ -316,15 +333,19 @@ impl Graph {
     /// The gradient of parameter `p`, and whether an earlier step has written it (the next one must add).
     pub fn grad_of(&mut self, p: Val) -> (Val, bool) {
         let value = self[p].clone();
-        let Place::Fixed(Region::Params, at) = value.place else { panic!("{} is no parameter", value.name) };
+        let at = match value.place {
+            Place::Fixed(Region::Params, at) => at,
+            Place::Fixed(Region::Compute, at) => 2 * at,
+            _ => panic!("{} is no parameter", value.name),
+        };
         let accumulate = !self.grads_written.insert(p);
         self.region_bytes[Region::Grads as usize] = self.region_bytes[Region::Params as usize];
         (self.at(&format!("d {}", value.name), value.shape, DType::F32, Region::Grads, at), accumulate)
     }
 
-    /// Whether `v` is a parameter.
+    /// Whether `v` is a parameter, or the bf16 copy of one.
     pub fn is_param(&self, v: Val) -> bool {
-        matches!(self[v].place, Place::Fixed(Region::Params, _))
+        matches!(self[v].place, Place::Fixed(Region::Params | Region::Compute, _))
     }
 
     /// FLOPs and bytes of the whole list.
