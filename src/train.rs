@@ -18,7 +18,7 @@ use crate::data::{Batches, Dataset};
 use crate::device::ring::Ring;
 use crate::device::{Device, Plan, PlanId};
 use crate::error::{Error, Result};
-use crate::graph::{DType, Region};
+use crate::graph::{DType, Region, Target};
 use crate::unet::Params;
 use plan::TrainVals;
 use step::InFlight;
@@ -44,6 +44,8 @@ pub struct Trainer {
     pub low_res: Option<LowRes>,
     /// The images, if they do not lie on the device.
     stream: Option<Stream>,
+    /// A small image, enlarged.
+    image: Vec<f32>,
     /// Steps that were started and not yet looked at.
     ring: Ring<InFlight>,
     /// What the step looked at last reported.
@@ -64,14 +66,14 @@ pub fn slots(params: &Params) -> Vec<Slot<'_>> {
     params.list.iter().map(|p| Slot { name: &p.name, dims: &p.dims, offset: p.offset }).collect()
 }
 
-/// Records the training plan of `config` on `images` images and gives every value its place.
+/// Records the training plan of `config` on `images` images for `target` and gives every value its place.
 ///
 /// # Errors
 /// [`Error::Config`] for settings that do not fit together.
-pub fn plan_of(config: &Config, images: usize, reuse: bool) -> Result<(Plan, TrainVals, Params)> {
+pub fn plan_of(config: &Config, images: usize, reuse: bool, target: Target) -> Result<(Plan, TrainVals, Params)> {
     config.validate()?;
     let params = Params::new(&config.model);
-    let (graph, vals) = plan::record(config, &params, images)?;
+    let (graph, vals) = plan::record(config, &params, images, target)?;
     Ok((Plan::new(graph, reuse), vals, params))
 }
 
@@ -83,7 +85,7 @@ impl Trainer {
     /// [`Error::Config`] or [`Error::Data`] for settings and data that do not fit, [`Error::Device`] without memory.
     pub fn new(config: Config, device: Device, data: &Dataset, reuse: bool) -> Result<Self> {
         check_data(&config, data)?;
-        let planned = plan_of(&config, data.n, reuse)?;
+        let planned = plan_of(&config, data.n, reuse, device.target())?;
         memory::check(&config, &device, &planned.0)?;
         Self::resident(config, device, data, planned)
     }
@@ -96,12 +98,12 @@ impl Trainer {
     pub fn open(config: Config, device: Device, data: Dataset, stream: bool) -> Result<Self> {
         check_data(&config, &data)?;
         if !stream {
-            let planned = plan_of(&config, data.n, true)?;
+            let planned = plan_of(&config, data.n, true, device.target())?;
             if device.room(&planned.0)?.is_enough() {
                 return Self::resident(config, device, &data, planned);
             }
         }
-        let planned = plan_of(&config, stream::images(&config), true)?;
+        let planned = plan_of(&config, stream::images(&config), true, device.target())?;
         memory::check(&config, &device, &planned.0)?;
         let mut trainer = Self::bind(config, device, &data, planned)?;
         trainer.stream = Some(Stream::new(&trainer.device, data, trainer.batches.clone())?);
@@ -135,8 +137,23 @@ impl Trainer {
         let betas = [hyper.beta1, hyper.beta2];
         let low_res = config.model.low_res.map(|small| LowRes::of(data, small));
         let ring = Ring::new(&mut device, id)?;
-        let (stream, report) = (None, Report::default());
-        Ok(Trainer { config, params, device, step: 0, id, vals, betas, batches, labels, low_res, stream, ring, report })
+        let (stream, image, report) = (None, Vec::new(), Report::default());
+        Ok(Trainer {
+            config,
+            params,
+            device,
+            step: 0,
+            id,
+            vals,
+            betas,
+            batches,
+            labels,
+            low_res,
+            stream,
+            image,
+            ring,
+            report,
+        })
     }
 
     /// Goes on where `checkpoint` was saved. The configuration must be the one it holds but for the number of steps.

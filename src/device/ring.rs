@@ -12,7 +12,7 @@
 use super::host::{HostBuffer, Mark, part, part_mut};
 use super::{Device, PlanId};
 use crate::error::Result;
-use crate::graph::{Graph, Region, Val};
+use crate::graph::{DType, Graph, Region, Val};
 use std::collections::VecDeque;
 
 /// Runs in flight on a device that works beside the host.
@@ -45,6 +45,17 @@ impl Page {
     /// The elements of the input `v`, to be written.
     pub fn input_mut<T: bytemuck::Pod>(&mut self, graph: &Graph, v: Val) -> &mut [T] {
         part_mut(graph, Region::Inputs, &mut self.inputs, v)
+    }
+
+    /// Writes floats to the input `v` from element `first` on, rounded where it is bf16.
+    pub fn write_floats(&mut self, graph: &Graph, v: Val, first: usize, x: &[f32]) {
+        match graph[v].dtype {
+            DType::Bf16 => {
+                let out = &mut self.input_mut::<half::bf16>(graph, v)[first..first + x.len()];
+                out.iter_mut().zip(x).for_each(|(out, &x)| *out = half::bf16::from_f32(x));
+            }
+            _ => self.input_mut::<f32>(graph, v)[first..first + x.len()].copy_from_slice(x),
+        }
     }
 
     /// The elements of `v` of the state after the run.

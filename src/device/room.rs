@@ -2,8 +2,7 @@
 
 use super::{Device, Plan};
 use crate::error::{Error, Result};
-use crate::graph::{ALIGN, Region};
-use crate::ops::Operation;
+use crate::graph::Region;
 use std::fmt::{Display, Formatter};
 
 /// What a plan needs on a device, and what is free there.
@@ -48,29 +47,19 @@ impl Device {
     /// What `plan` needs here beyond the model's regions that are there already, and what is free.
     ///
     /// # Errors
-    /// When the device does not answer, or has no kernel for a step.
+    /// When the device does not answer.
     pub fn room(&self, plan: &Plan) -> Result<Room> {
-        let regions = |held: &dyn Fn(Region) -> usize| -> usize {
-            let more = |&r: &Region| plan.graph.region_bytes(r).saturating_sub(if r.of_plan() { 0 } else { held(r) });
-            Region::ALL.iter().map(more).sum()
+        let held = |r: Region| match self {
+            _ if r.of_plan() => 0,
+            Device::Cpu(d) => d.held(r),
+            Device::Cuda(d) => d.held(r),
         };
-        Ok(match self {
-            Device::Cpu(d) => Room {
-                need: plan.layout.bytes + regions(&|r| d.held(r)),
-                free: free_memory(),
-                device: "the processor".into(),
-            },
-            Device::Cuda(d) => {
-                let info = d.driver().info()?;
-                let mut tables = 0;
-                for step in &plan.graph.steps {
-                    tables += step.op.prepare_cuda(&plan.graph)?.len().next_multiple_of(ALIGN);
-                }
-                let workspace = plan.graph.steps.iter().map(|s| s.op.workspace(&plan.graph)).max().unwrap_or(0);
-                let need = plan.layout.bytes + tables + workspace + regions(&|r| d.held(r));
-                Room { need, free: Some(info.free_bytes), device: info.name }
-            }
-        })
+        let there: usize = Region::ALL.iter().map(|&r| held(r).min(plan.graph.region_bytes(r))).sum();
+        let (free, device) = match self {
+            Device::Cpu(_) => (free_memory(), "the processor".into()),
+            Device::Cuda(d) => d.driver().info().map(|info| (Some(info.free_bytes), info.name))?,
+        };
+        Ok(Room { need: plan.bytes() - there, free, device })
     }
 
     /// Refuses the plan of `what` for `n` images at a time if it needs more memory than is free; `plan_of` gives that for

@@ -34,7 +34,7 @@ fn remedy(config: &Config, device: &Device) -> Result<Option<String>> {
         config.train.recompute = recompute;
         for &n in &sizes {
             config.train.microbatch = n;
-            let room = device.room(&plan_of(&config, stream::images(&config), true)?.0)?;
+            let room = device.room(&plan_of(&config, stream::images(&config), true, device.target())?.0)?;
             if room.is_enough() {
                 return Ok(Some(format!("--microbatch {n}{more} ({})", bytes(room.need))));
             }

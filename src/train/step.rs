@@ -75,10 +75,11 @@ impl Trainer {
             labels.for_each(|(label, &i)| *label = self.labels[i as usize]);
         }
         if let (Some(v), Some(low_res)) = (vals.low_res, &self.low_res) {
-            let images = page.input_mut::<f32>(graph, v);
-            let size = images.len() / index.len();
-            for (out, &i) in images.chunks_exact_mut(size).zip(index) {
-                low_res.enlarge(i as usize, self.config.model.image_size, out);
+            let size = graph.shape(v).len() / index.len();
+            self.image.resize(size, 0.0);
+            for (n, &i) in index.iter().enumerate() {
+                low_res.enlarge(i as usize, self.config.model.image_size, &mut self.image);
+                page.write_floats(graph, v, n * size, &self.image);
             }
         }
         page.input_mut::<Control>(graph, vals.control)[0] = control(&self.config, self.betas, flight);
