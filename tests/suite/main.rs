@@ -17,6 +17,7 @@ mod import;
 mod kernels;
 mod network;
 mod pictures;
+mod reference_cli;
 mod steps;
 mod super_res;
 mod train;
