@@ -180,6 +180,7 @@ impl ModelFlags {
             Some(sizes) => sizes.iter().map(|s| factor(s).ok_or_else(|| m.no_such_level(*s))).collect::<Result<_>>()?,
             None => pixels.iter().filter_map(factor).collect(),
         };
+        m.attention_resolutions.sort_unstable();
         if let Some(size) = self.small_size {
             m.low_res = usize::try_from(size).ok();
         }

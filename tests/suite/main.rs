@@ -22,6 +22,7 @@ mod kernels;
 mod network;
 mod pictures;
 mod sampling;
+mod reference_cli;
 mod steps;
 mod super_res;
 mod train;
