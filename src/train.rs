@@ -18,7 +18,7 @@ use crate::data::{Batches, Dataset};
 use crate::device::ring::Ring;
 use crate::device::{Device, Plan, PlanId};
 use crate::error::{Error, Result};
-use crate::graph::{DType, Region, Target};
+use crate::graph::{DType, Region, Target, Val};
 use crate::unet::Params;
 use plan::TrainVals;
 use step::InFlight;
@@ -46,6 +46,8 @@ pub struct Trainer {
     stream: Option<Stream>,
     /// A small image, enlarged.
     image: Vec<f32>,
+    /// The plan of the norm of the weights, and the norm.
+    norm: (PlanId, Val),
     /// Steps that were started and not yet looked at.
     ring: Ring<InFlight>,
     /// What the step looked at last reported.
@@ -136,6 +138,11 @@ impl Trainer {
         let hyper = plan::hyper(&config);
         let betas = [hyper.beta1, hyper.beta2];
         let low_res = config.model.low_res.map(|small| LowRes::of(data, small));
+        let weights_norm = plan::record_norm(&params, device.target());
+        let norm = (device.bind(Plan::new(weights_norm.0, true))?, weights_norm.1);
+        for id in [id, norm.0] {
+            device.capture(id)?;
+        }
         let ring = Ring::new(&mut device, id)?;
         let (stream, image, report) = (None, Vec::new(), Report::default());
         Ok(Trainer {
@@ -151,6 +158,7 @@ impl Trainer {
             low_res,
             stream,
             image,
+            norm,
             ring,
             report,
         })
@@ -249,10 +257,12 @@ impl Trainer {
     ///
     /// # Errors
     /// [`Error::Device`].
-    pub fn param_norm(&self) -> Result<f64> {
-        let mut flat = vec![0.0f32; self.params.len];
-        self.device.read_region(Region::Params, &mut flat)?;
-        Ok(flat.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>().sqrt())
+    pub fn param_norm(&mut self) -> Result<f64> {
+        let (id, v) = self.norm;
+        self.device.run(id)?;
+        let mut norm = [0.0f32];
+        self.device.read(id, v, &mut norm)?;
+        Ok(norm[0].into())
     }
 }
 

@@ -106,6 +106,17 @@ impl Device {
         }
     }
 
+    /// The device for people: `the processor, 8 threads, f32`.
+    pub fn describe(&self) -> String {
+        match self {
+            Device::Cpu(d) => format!("the processor, {} threads, f32", d.threads()),
+            Device::Cuda(d) => {
+                let name = d.driver().info().map_or_else(|e| e.to_string(), |info| info.name);
+                format!("{name}, {}", d.precision.name())
+            }
+        }
+    }
+
     /// Records the plan as one graph where the device can: `run` then starts it as a whole.
     ///
     /// # Errors

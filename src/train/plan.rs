@@ -107,6 +107,15 @@ pub fn record(config: &Config, params: &Params, images: usize, target: Target) -
     Ok((r.g, vals))
 }
 
+/// Records the norm of the weights.
+pub fn record_norm(params: &Params, target: Target) -> (Graph, Val) {
+    let mut g = Graph::on(target);
+    g.scope("weights");
+    let all = g.at("params", Shape::rows(1, params.len), DType::F32, Region::Params, 0);
+    let norm = GradNorm::record(&mut g, all);
+    (g, norm)
+}
+
 struct Recorder<'a> {
     g: Graph,
     config: &'a Config,

@@ -181,15 +181,18 @@ pub fn describe(t: &Trainer) -> String {
     let side = c.model.image_size;
     let step = plan.graph.cost().flops / 1e9;
     format!(
-        "data      {}: {} images of {side}x{side}x{}, {classes}\n\
+        "device    {}\n\
+         data      {}: {} images of {side}x{side}x{}, {classes}{}\n\
          settings  {}\n\
          network   {} parameters in {} tensors\n\
          memory    {}: weights {}, gradients {}, optimiser {}, averages {}, images {}, activations {}\n\
          work      {:.3} GFLOP per image, {step:.2} per step\n\
          end       at step {}, from step {}",
+        t.device.describe(),
         d.source,
         d.images,
         c.model.in_channels,
+        if t.streams() { ", sent batch by batch" } else { "" },
         wrap(&settings, 100, "          "),
         t.params.count(),
         t.params.list.len(),

@@ -12,13 +12,10 @@ use cudarc::driver::{CudaContext, CudaStream, sys};
 use sys::CUdevice_attribute as DeviceAttribute;
 use sys::CUfunction_attribute as FunctionAttribute;
 
-use super::cuda_error::{arch_list, describe, driver_version, is_sticky, plain};
+use super::cuda_error::{NEEDED_DRIVER, arch_list, describe, driver_version, is_sticky, plain};
 
 use super::{DeviceInfo, FunctionInfo, Launch, MODULES, Packed, Ptr};
 use crate::error::{Error, Result};
-
-/// CUDA version whose fatbins this binary holds: older drivers cannot read them.
-const NEEDED_DRIVER: i32 = 13000;
 
 /// A loaded kernel.
 #[derive(Clone, Copy)]

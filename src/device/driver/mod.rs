@@ -36,7 +36,7 @@ use std::sync::Arc;
 
 pub use args::{Arg, Packed};
 pub use cuda::CudaDriver;
-pub use cuda_error::{arch_list, cuda_present, driver_version};
+pub use cuda_error::{arch_list, cuda_present, driver_version, usable_gpus};
 pub use cuda_objects::{CudaEvent, CudaGraph};
 #[cfg(feature = "emulator")]
 pub use emulated::{EmulatedDriver, EmulatedGraph};
@@ -411,7 +411,7 @@ impl Driver {
 fn out_of_memory(need: usize, free: usize, total: usize) -> Error {
     let mib = |b: usize| b as f64 / (1 << 20) as f64;
     Error::Device(format!(
-        "out of device memory: {:.1} MiB needed, {:.1} of {:.1} MiB free; use a smaller --batch or --microbatch, or free \
+        "out of device memory: {:.1} MiB needed, {:.1} of {:.1} MiB free; use a smaller --batch-size or --microbatch, or free \
          the device (nvidia-smi lists who uses it)",
         mib(need),
         mib(free),
