@@ -5,7 +5,7 @@
 //! accesses cost. `docs/emulator.md` says what this can show and what not.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use super::library::Library;
@@ -35,6 +35,28 @@ struct State {
     limit: usize,
     used: usize,
     sizes: HashMap<Ptr, usize>,
+    /// Events recorded so far, and how many later ones let one pass.
+    events: u64,
+    lag: u64,
+}
+
+/// A place in the order of events.
+pub struct EmulatedEvent {
+    driver: Arc<EmulatedDriver>,
+    number: u64,
+    at: Instant,
+}
+
+impl EmulatedEvent {
+    /// Whether as many events have followed as [`EmulatedDriver::set_lag`] asks for.
+    pub(super) fn passed(&self) -> bool {
+        let state = self.driver.state();
+        state.events >= self.number + state.lag
+    }
+
+    pub(super) fn elapsed_ms(&self, start: &EmulatedEvent) -> f64 {
+        (self.at - start.at).as_secs_f64() * 1e3
+    }
 }
 
 /// What [`super::Driver::Emulated`] holds.
@@ -62,6 +84,8 @@ impl EmulatedDriver {
             limit: 16 << 30,
             used: 0,
             sizes: HashMap::new(),
+            events: 0,
+            lag: 0,
         };
         Ok(EmulatedDriver { library, state: Mutex::new(state) })
     }
@@ -74,6 +98,12 @@ impl EmulatedDriver {
     /// Pretends that the device has `bytes` of memory (16 GiB at first).
     pub fn set_memory(&self, bytes: usize) {
         self.state().limit = bytes;
+    }
+
+    /// Pretends that an event passes only when `events` later ones have been recorded, as on a device that is behind its host.
+    /// Who waits for it is not kept waiting.
+    pub fn set_lag(&self, events: u64) {
+        self.state().lag = events;
     }
 
     /// Names of all kernels, sorted.
@@ -179,8 +209,12 @@ impl EmulatedDriver {
         Ok(())
     }
 
-    pub(super) fn record(&self) -> Result<Event> {
-        Ok(Event::Emulated(Instant::now()))
+    pub(super) fn record(self: &Arc<Self>) -> Result<Event> {
+        let mut state = self.state();
+        state.events += 1;
+        let number = state.events;
+        drop(state);
+        Ok(Event::Emulated(EmulatedEvent { driver: self.clone(), number, at: Instant::now() }))
     }
 
     // ---- memory ----
