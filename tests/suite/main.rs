@@ -7,7 +7,11 @@ mod cuda_attention;
 #[cfg(feature = "emulator")]
 mod cuda_conv;
 #[cfg(feature = "emulator")]
+mod cuda_norm;
+#[cfg(feature = "emulator")]
 mod cuda_ops;
+#[cfg(feature = "emulator")]
+mod cuda_small;
 mod data;
 mod device;
 mod diffusion;
@@ -19,6 +23,8 @@ mod import;
 mod kernels;
 mod network;
 mod pictures;
+mod sampling;
+mod reference_cli;
 mod steps;
 mod super_res;
 mod train;
