@@ -5,7 +5,11 @@ mod cli;
 #[cfg(feature = "emulator")]
 mod cuda_conv;
 #[cfg(feature = "emulator")]
+mod cuda_norm;
+#[cfg(feature = "emulator")]
 mod cuda_ops;
+#[cfg(feature = "emulator")]
+mod cuda_small;
 mod data;
 mod device;
 mod diffusion;
@@ -17,6 +21,7 @@ mod import;
 mod kernels;
 mod network;
 mod pictures;
+mod sampling;
 mod reference_cli;
 mod steps;
 mod super_res;
