@@ -39,7 +39,7 @@ pub use cuda::CudaDriver;
 pub use cuda_error::{arch_list, cuda_present, driver_version, usable_gpus};
 pub use cuda_objects::{CudaEvent, CudaGraph};
 #[cfg(feature = "emulator")]
-pub use emulated::{EmulatedDriver, EmulatedEvent, EmulatedGraph};
+pub use emulated::{EmulatedDriver, EmulatedEvent, EmulatedGraph, Started};
 pub use objects::{Buffer, Event, Graph, Pinned};
 #[cfg(feature = "emulator")]
 pub use schedule::{Copies, LaunchTraffic, Order, Schedule, Traffic};
