@@ -3,6 +3,8 @@
 mod bench;
 mod cli;
 #[cfg(feature = "emulator")]
+mod cuda_attention;
+#[cfg(feature = "emulator")]
 mod cuda_conv;
 #[cfg(feature = "emulator")]
 mod cuda_norm;
