@@ -19,6 +19,8 @@ mod driver;
 mod floors;
 mod fuzz;
 mod golden;
+#[cfg(feature = "emulator")]
+mod half;
 mod import;
 mod kernels;
 mod network;

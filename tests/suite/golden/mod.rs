@@ -7,6 +7,8 @@
 
 mod architectures;
 mod codes;
+#[cfg(feature = "emulator")]
+mod emulated;
 mod gaussian;
 mod likelihood;
 mod losses;
