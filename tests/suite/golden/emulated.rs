@@ -9,7 +9,7 @@ use crate::cuda_ops::read;
 use crate::half::{Plain, distance};
 use iddpm::config::Precision;
 use iddpm::device::Device;
-use iddpm::graph::Target;
+use iddpm::graph::{Region, Target};
 use iddpm::unet::Params;
 
 fn emulated(precision: Precision) -> Device {
@@ -76,9 +76,10 @@ fn a_network_in_bf16_is_as_good_as_a_plain_implementation() {
         let run = UnetRun::record(&file, &config, &params, Target::Cuda(Precision::Bf16));
         let mut device = emulated(Precision::Bf16);
         let (id, grads) = run.run(&mut device, &weights);
-        let mut plain = Plain::new(&run.g, &weights);
+        let mut plain = Plain::new(&run.g);
+        plain.write_region(Region::Params, &weights);
         run.floats.iter().for_each(|(v, x)| plain.write(*v, x));
-        run.labels.iter().for_each(|(v, x)| plain.write_ints(*v, x));
+        run.labels.iter().for_each(|(v, x)| plain.write(*v, x));
         plain.run();
         let compare = |what: &str, got: &[f32], plain: &[f32], want: &[f32]| {
             let (ours, theirs) = (distance(got, want), distance(plain, want));
@@ -88,10 +89,11 @@ fn a_network_in_bf16_is_as_good_as_a_plain_implementation() {
         for ((what, v), (_, exact_v)) in run.named.iter().zip(&exact.named) {
             compare(what, &read(&device, id, *v), plain.read(*v), &crate::cuda_ops::read(&cpu, exact_id, *exact_v));
         }
-        compare("all gradients", &grads, &plain.grads, &exact_grads);
+        let plain_grads = plain.region(Region::Grads);
+        compare("all gradients", &grads, plain_grads, &exact_grads);
         for p in &params.list {
             let at = p.offset..p.offset + p.len();
-            compare(&p.name, &grads[at.clone()], &plain.grads[at.clone()], &exact_grads[at]);
+            compare(&p.name, &grads[at.clone()], &plain_grads[at.clone()], &exact_grads[at]);
         }
     }
 }
