@@ -200,6 +200,8 @@ pub struct Graph {
     pub grads_written: HashSet<Val>,
     /// Activations are bf16, for CUDA; otherwise f32.
     pub half: bool,
+    /// Convolutions also leave the statistics that the norm of their result needs, for CUDA.
+    pub epilogue_sums: bool,
     scope: String,
     region_bytes: [usize; Region::ALL.len()],
 }
@@ -211,6 +213,11 @@ impl Graph {
     /// An empty plan.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// An empty plan for CUDA: norms take their statistics from convolutions; activations in bf16 if `half`, else f32.
+    pub fn for_cuda(half: bool) -> Self {
+        Graph { half, epilogue_sums: true, ..Self::default() }
     }
 
     /// Names the module that the next steps belong to.
