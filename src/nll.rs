@@ -95,7 +95,7 @@ impl Nll {
             return Err(Error::Config("bits/dim of a model of super-resolution are not defined here".into()));
         }
         let process = Arc::new(Process::from_config(diffusion)?);
-        let mut g = Graph::new();
+        let mut g = Graph::on(device.target());
         let vals = params.declare(&mut g);
         let rows = Shape::rows(settings.batch, 1);
         let size = Shape::new(images, model.image_size, model.image_size, model.in_channels);

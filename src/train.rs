@@ -14,7 +14,7 @@ use crate::data::low_res::LowRes;
 use crate::data::{Batches, Dataset};
 use crate::device::{Device, Plan, PlanId};
 use crate::error::{Error, Result};
-use crate::graph::{DType, Region, Val};
+use crate::graph::{DType, Region, Target, Val};
 use crate::ops::Control;
 use crate::unet::Params;
 use log::{Meter, Terms};
@@ -68,14 +68,14 @@ pub fn slots(params: &Params) -> Vec<Slot<'_>> {
     params.list.iter().map(|p| Slot { name: &p.name, dims: &p.dims, offset: p.offset }).collect()
 }
 
-/// Records the training plan of `config` on `images` images and gives every value its place.
+/// Records the training plan of `config` on `images` images for `target` and gives every value its place.
 ///
 /// # Errors
 /// [`Error::Config`] for settings that do not fit together.
-pub fn plan_of(config: &Config, images: usize, reuse: bool) -> Result<(Plan, TrainVals, Params)> {
+pub fn plan_of(config: &Config, images: usize, reuse: bool, target: Target) -> Result<(Plan, TrainVals, Params)> {
     config.validate()?;
     let params = Params::new(&config.model);
-    let (graph, vals) = plan::record(config, &params, images)?;
+    let (graph, vals) = plan::record(config, &params, images, target)?;
     Ok((Plan::new(graph, reuse), vals, params))
 }
 
@@ -87,7 +87,7 @@ impl Trainer {
     /// [`Error::Config`] or [`Error::Data`] for settings and data that do not fit, [`Error::Device`] without memory.
     pub fn new(config: Config, mut device: Device, data: &Dataset, reuse: bool) -> Result<Self> {
         check_data(&config, data)?;
-        let (plan, vals, params) = plan_of(&config, data.n, reuse)?;
+        let (plan, vals, params) = plan_of(&config, data.n, reuse, device.target())?;
         check_memory(plan.bytes())?;
         let batches = data.batches(config.train.batch_size, config.train.seed, 0)?;
         let buffers = Buffers::new(&plan, &vals, config.train.batch_size);
@@ -247,7 +247,7 @@ impl Trainer {
             for (out, &i) in self.buffers.low_res.chunks_exact_mut(size).zip(index) {
                 low_res.enlarge(i as usize, self.config.model.image_size, out);
             }
-            self.device.write(self.id, v, &self.buffers.low_res)?;
+            self.device.write_f32(self.id, v, &self.buffers.low_res)?;
         }
         let k = self.step as f64 + 1.0;
         let control = Control {

@@ -15,6 +15,7 @@ mod nll;
 mod plan;
 mod plot;
 mod progress;
+pub mod reference;
 mod sample;
 mod train;
 
@@ -145,22 +146,44 @@ pub fn main() -> i32 {
     // If that cannot be set up, nothing else is lost.
     let always = Arc::new(AtomicBool::new(true));
     let _ = signal_hook::flag::register_conditional_default(signal_hook::consts::SIGPIPE, always);
-    let matches = command().try_get_matches_from(normalise(std::env::args_os()));
-    let cli = match matches.and_then(|m| Cli::from_arg_matches(&m)) {
-        Ok(cli) => cli,
-        Err(e) => {
+    match start(std::env::args_os().collect()) {
+        Ok(Ok(())) => 0,
+        Ok(Err(e)) => {
             // A closed pipe while printing help is no failure worth a second message.
             let _ = e.print();
-            return e.exit_code();
+            e.exit_code()
         }
-    };
-    match run(cli) {
-        Ok(()) => 0,
         Err(e) => {
             eprintln!("error: {e}");
             e.exit_code()
         }
     }
+}
+
+/// Runs what `args` ask for; the inner error is clap's, which help is too.
+fn start(args: Vec<OsString>) -> Result<std::result::Result<(), clap::Error>> {
+    let args = reference::spell_out(&args)?.unwrap_or_else(|| normalise(args));
+    let matches = match command().try_get_matches_from(args) {
+        Ok(matches) => matches,
+        Err(e) => return Ok(Err(e)),
+    };
+    if let Some((script, m)) = matches.subcommand().and_then(|(name, m)| Some((reference::Script::find(name)?, m))) {
+        return reference::main(script, m).map(Ok);
+    }
+    Cli::from_arg_matches(&matches).map_or_else(|e| Ok(Err(e)), |cli| run(cli).map(Ok))
+}
+
+/// The command line `args`, without the program's name.
+///
+/// # Errors
+/// [`Error::Config`] with clap's message.
+fn parse(args: &[String]) -> Result<Cli> {
+    let matches = command().try_get_matches_from(["iddpm"].into_iter().chain(args.iter().map(String::as_str)));
+    matches.and_then(|m| Cli::from_arg_matches(&m)).map_err(|e| {
+        let text = e.to_string();
+        let message = text.lines().next().unwrap_or_default();
+        Error::Config(message.strip_prefix("error: ").unwrap_or(message).into())
+    })
 }
 
 fn run(cli: Cli) -> Result<()> {
@@ -209,12 +232,20 @@ pub(crate) struct Model {
 }
 
 /// Opens the checkpoint at `path` (a file or a run's folder) with the moving average `rate`: the first of the
-/// configuration if None, the live weights if 0.
+/// configuration if None, the live weights if 0. A `.pt` or a folder of diffusers is brought in as `flags` describe it.
 ///
 /// # Errors
 /// [`Error::Checkpoint`] for a file that cannot be used or a rate that it does not hold.
-pub(crate) fn open_model(path: &Path, rate: Option<f64>, threads: Option<usize>) -> Result<Model> {
-    let checkpoint = Checkpoint::open(&checkpoint::find(path)?)?;
+pub(crate) fn open_model(
+    path: &Path,
+    flags: &flags::ModelFlags,
+    rate: Option<f64>,
+    threads: Option<usize>,
+) -> Result<Model> {
+    let checkpoint = match import::is_foreign(path) {
+        true => import::open(path, flags)?,
+        false => Checkpoint::open(&checkpoint::find(path)?)?,
+    };
     let (train, step) = (&checkpoint.progress.config.train, checkpoint.progress.step);
     let params = Params::new(&checkpoint.progress.config.model);
     let rate = rate.unwrap_or(if checkpoint.has_averages() { train.ema_rates[0] } else { 0.0 });
@@ -243,7 +274,7 @@ fn command() -> clap::Command {
             if marked(&a) { a.value_parser(flags::boolean).num_args(0..=1).default_missing_value("true") } else { a }
         })
     }
-    booleans(Cli::command())
+    booleans(Cli::command()).subcommands(reference::SCRIPTS.iter().map(|s| s.command()))
 }
 
 /// Writes `--a_b=c_d` as `--a-b=c_d`, up to a lone `--`.

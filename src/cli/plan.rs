@@ -5,7 +5,7 @@ use super::flags::{ModelFlags, TrainFlags};
 use crate::config::preset::preset;
 use crate::device::Plan;
 use crate::error::{Error, Result};
-use crate::graph::{Place, Region};
+use crate::graph::{Place, Region, Target};
 use crate::ops::Operation;
 use crate::train::{log, plan_of};
 use clap::Args;
@@ -40,7 +40,7 @@ pub fn main(a: &PlanArgs, g: &Global) -> Result<()> {
     // A preset knows its classes; --class-cond alone does not.
     config.model.num_classes = config.model.num_classes.map(|n| if n == 0 { a.classes } else { n });
     let images = a.images.unwrap_or(config.train.batch_size);
-    let (plan, _, params) = plan_of(&config, images, true)?;
+    let (plan, _, params) = plan_of(&config, images, true, Target::Cpu)?;
     let mut text = String::new();
     if a.totals != Some(true) {
         text += &table(&plan);

@@ -2,7 +2,7 @@
 
 use super::flags::{self, ModelFlags, TrainFlags};
 use super::images::{self, DataFlags};
-use super::{Global, create_folder};
+use super::{Global, create_folder, reference};
 use crate::checkpoint::{self, Checkpoint};
 use crate::config::preset::preset;
 use crate::config::{Config, ModelConfig};
@@ -56,6 +56,9 @@ pub struct TrainArgs {
     /// Write event files for TensorBoard beside log.jsonl
     #[arg(long, help_heading = "Run")]
     tensorboard: bool,
+    /// Beside each checkpoint also write model*.pt, ema_*.pt, opt*.pt and progress.csv, as the reference does
+    #[arg(long, help_heading = "Run")]
+    reference_files: bool,
 }
 
 /// A time limit in minutes.
@@ -146,7 +149,7 @@ impl TrainArgs {
         Ok(Start { config, out, checkpoint: None })
     }
 
-    /// The run whose checkpoint lies at `place`; flags may only lengthen it.
+    /// The run whose checkpoint lies at `place`; flags may only lengthen it. How an imported model goes on is free.
     fn resumed(&self, place: &Path, g: &Global) -> Result<Start> {
         let path = checkpoint::find(place)?;
         let checkpoint = Checkpoint::open(&path)?;
@@ -162,6 +165,9 @@ impl TrainArgs {
         };
         self.train.apply(g.seed, &mut asked);
         self.model.apply(&mut asked)?;
+        if checkpoint.imported() {
+            config.train = asked.train.clone();
+        }
         flags::agree(&path, &config, &asked, &["steps"])?;
         config.train.steps = self.train.steps.unwrap_or(config.train.steps);
         config.train.recompute = asked.train.recompute;
@@ -201,6 +207,7 @@ impl TrainArgs {
             keep: self.keep.into(),
             tensorboard: self.tensorboard,
             time_limit: self.minutes,
+            saved: self.reference_files.then_some(reference::files::write),
         }
     }
 }

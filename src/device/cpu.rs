@@ -2,7 +2,7 @@
 
 use super::{Plan, PlanId, Weights};
 use crate::error::{Error, Result};
-use crate::graph::{DType, Place, Region, Val};
+use crate::graph::{DType, Place, Region, Target, Val};
 use crate::ops::fast::Isa;
 use crate::ops::{Operation, Views};
 use std::time::Instant;
@@ -86,8 +86,9 @@ impl Cpu {
     }
 
     pub(super) fn bind(&mut self, plan: Plan) -> Result<PlanId> {
-        check_disjoint(&plan);
         let g = &plan.graph;
+        assert_eq!(g.target, Target::Cpu, "a plan recorded for another device");
+        check_disjoint(&plan);
         if let Some(v) = g.steps.iter().flat_map(|s| s.op.inputs()).find(|&v| g[v].dtype == DType::Bf16) {
             let name = &g[v].name;
             return Err(Error::Device(format!(

@@ -360,7 +360,7 @@ impl GroupNorm {
         let (ca, cb) = (s.c, x.b.map_or(0, |b| g.shape(b).c));
         let shape =
             GroupNormShape { n: s.n, s: s.h * s.w, ca, cb, groups: GROUPS, eps: 1e-5, silu: o.silu, dropout: None };
-        let y = g.of_type("group_norm", Shape { c: ca + cb, ..s }, x.a);
+        let y = g.shaped_like("group_norm", x.a, Shape { c: ca + cb, ..s });
         let sums = [Some(x.a), x.b].map(|v| if g.epilogue_sums { Conv2d::sums_of(g, v?) } else { None });
         let mean = g.arena("mean", Shape::rows(s.n, GROUPS));
         let rstd = g.arena("rstd", Shape::rows(s.n, GROUPS));

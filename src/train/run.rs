@@ -29,6 +29,8 @@ pub struct Options {
     pub time_limit: Option<Duration>,
     /// Write event files for TensorBoard too.
     pub tensorboard: bool,
+    /// Called with every checkpoint that was written.
+    pub saved: Option<fn(&Path) -> Result<()>>,
 }
 
 /// Set by Ctrl-C or SIGTERM; the second one kills the process.
@@ -160,6 +162,7 @@ fn save(t: &Trainer, o: &Options) -> Result<PathBuf> {
     let path = o.out.join(checkpoint::file_name(t.step));
     checkpoint::save(&path, &t.snapshot()?, &slots(&t.params))?;
     checkpoint::prune(&o.out, o.keep)?;
+    o.saved.map_or(Ok(()), |also| also(&path))?;
     Ok(path)
 }
 

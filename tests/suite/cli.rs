@@ -46,7 +46,7 @@ fn text(bytes: &[u8]) -> String {
 }
 
 /// Runs a command line that must succeed; returns what it printed.
-fn good(folder: &Path, line: &str) -> String {
+pub fn good(folder: &Path, line: &str) -> String {
     let out = at(folder, line);
     assert!(out.status.success(), "iddpm {line}: {:?}\n{}", out.status, text(&out.stderr));
     text(&out.stdout)
@@ -62,16 +62,16 @@ fn assert_bad(out: &Output, line: &str, code: i32, parts: &[&str]) {
 }
 
 /// Runs a command line that must fail by the user's mistake.
-fn bad(folder: &Path, line: &str, parts: &[&str]) {
+pub fn bad(folder: &Path, line: &str, parts: &[&str]) {
     assert_bad(&at(folder, line), line, 2, parts);
 }
 
 /// A network that trains in no time.
-const SMALL: &str = "--threads 1 --num_channels 32 --channel_mult 1,2 --num_res_blocks 1 --attention_resolutions 8 \
+pub const SMALL: &str = "--threads 1 --num_channels 32 --channel_mult 1,2 --num_res_blocks 1 --attention_resolutions 8 \
                      --diffusion_steps 12 --noise_schedule cosine --batch_size 4 --limit 40 --ema_rate 0.5";
 
 /// A folder with a trained run in `run` and a class-conditional one in `cond`; tests copy what they change.
-fn trained() -> &'static Path {
+pub fn trained() -> &'static Path {
     static FOLDER: OnceLock<tempfile::TempDir> = OnceLock::new();
     let make = || {
         let folder = tempfile::tempdir().unwrap();

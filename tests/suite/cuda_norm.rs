@@ -122,7 +122,7 @@ impl Recorded {
         let dropout = case.dropout.map(|p| DropoutStep { p, op: OP, first_image: FIRST_IMAGE, control });
         let stat = Shape::rows(case.n, case.groups);
         let norm = GroupNorm {
-            y: g.of_type("y", image(c), x.a),
+            y: g.shaped_like("y", x.a, image(c)),
             mean: g.arena("mean", stat),
             rstd: g.arena("rstd", stat),
             x,

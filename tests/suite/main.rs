@@ -3,11 +3,15 @@
 mod bench;
 mod cli;
 #[cfg(feature = "emulator")]
+mod cuda_attention;
+#[cfg(feature = "emulator")]
 mod cuda_conv;
 #[cfg(feature = "emulator")]
 mod cuda_norm;
 #[cfg(feature = "emulator")]
 mod cuda_ops;
+#[cfg(feature = "emulator")]
+mod cuda_small;
 mod data;
 mod device;
 mod diffusion;
@@ -19,6 +23,8 @@ mod import;
 mod kernels;
 mod network;
 mod pictures;
+mod reference_cli;
+mod sampling;
 mod steps;
 mod super_res;
 mod train;

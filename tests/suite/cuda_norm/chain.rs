@@ -2,8 +2,9 @@
 
 use super::{largest, uniform};
 use crate::cuda_ops::{emulated, metered, read, round, same_bits, write};
+use iddpm::config::Precision;
 use iddpm::device::{Device, Plan, PlanId};
-use iddpm::graph::{DType, Graph, Region, Shape, Source, Val};
+use iddpm::graph::{DType, Graph, Region, Shape, Source, Target, Val};
 use iddpm::ops::conv2d::{Conv2d, ConvOptions};
 use iddpm::ops::group_norm::{GroupNorm, NormOptions};
 use iddpm::ops::{Op, Operation};
@@ -66,6 +67,10 @@ impl Chain {
     }
 }
 
+fn on_cuda(half: bool) -> Graph {
+    Graph::on(Target::Cuda(if half { Precision::Bf16 } else { Precision::F32 }))
+}
+
 fn plain(half: bool) -> Graph {
     let mut g = Graph::new();
     g.half = half;
@@ -83,7 +88,7 @@ fn sums_from_the_epilogue_change_nothing_but_roundings() {
     {
         for &(kind, mean) in kinds {
             for half in [false, true] {
-                let with = Chain::new(Graph::for_cuda(half), n, hw, channels, kind, mean);
+                let with = Chain::new(on_cuda(half), n, hw, channels, kind, mean);
                 let without = Chain::new(plain(half), n, hw, channels, kind, mean);
                 assert_eq!((with.sums().len(), without.sums().len()), (2, 0), "sums recorded");
                 let (got, want) = (with.run(emulated()), without.run(emulated()));
@@ -107,7 +112,7 @@ fn sums_from_the_epilogue_change_nothing_but_roundings() {
 #[test]
 fn the_processor_runs_the_same_list() {
     for (hw, kind) in [([8, 8], 0), ([7, 5], 1), ([6, 10], 2)] {
-        let mut c = Chain::new(Graph::for_cuda(false), 3, hw, [40, 24], kind, 3.0);
+        let mut c = Chain::new(on_cuda(false), 3, hw, [40, 24], kind, 3.0);
         c.results.extend(c.sums());
         c.sums().into_iter().for_each(|v| c.g.keep(v));
         let (got, want) = (c.run(emulated()), c.run(Device::cpu(1).unwrap()));
@@ -125,7 +130,7 @@ fn the_processor_runs_the_same_list() {
 #[test]
 fn bits_do_not_depend_on_grid_or_schedule() {
     for half in [false, true] {
-        let c = Chain::new(Graph::for_cuda(half), 2, [6, 7], [40, 24], 0, 1.0);
+        let c = Chain::new(on_cuda(half), 2, [6, 7], [40, 24], 0, 1.0);
         same_bits(&c.g, &c.results, |d, id| c.write(d, id));
     }
 }
@@ -133,7 +138,7 @@ fn bits_do_not_depend_on_grid_or_schedule() {
 /// With the sums at hand x is read once, and the sums are an eighth of a bf16 tensor.
 #[test]
 fn the_norm_reads_its_input_once() {
-    let c = Chain::new(Graph::for_cuda(true), 16, [32, 32], [96, 32], 0, 0.0);
+    let c = Chain::new(on_cuda(true), 16, [32, 32], [96, 32], 0, 0.0);
     let (launches, _) = metered(&c.g, |d, id| c.write(d, id));
     let names: Vec<_> = launches.iter().map(|l| l.kernel.as_str()).filter(|k| k.contains("norm")).collect();
     assert_eq!(names, ["group_norm_apply_bf16"]);

@@ -6,7 +6,7 @@
 use super::vectors::{self, Tensor, VectorFile};
 use crate::device::device;
 use iddpm::autograd;
-use iddpm::config::{DiffusionConfig, FirstStep, LossType, ModelConfig};
+use iddpm::config::{DiffusionConfig, FirstStep, LossType, LossWeight, ModelConfig};
 use iddpm::data::low_res::bilinear;
 use iddpm::device::{Device, Plan, PlanId};
 use iddpm::diffusion::Objective;
@@ -369,6 +369,7 @@ fn diffusion_config(loss: &Value) -> DiffusionConfig {
         loss_type: loss_type(text("loss_type")),
         rescale_timesteps: flag(loss, "rescale_timesteps"),
         vb_first_step: FirstStep::Nll,
+        loss_weight: LossWeight::Uniform,
     }
 }
 
