@@ -3,11 +3,11 @@
 use super::Global;
 use super::flags::{ModelFlags, TrainFlags};
 use crate::config::preset::preset;
-use crate::device::Plan;
+use crate::device::{Plan, room};
 use crate::error::{Error, Result};
 use crate::graph::{Place, Region, Target};
 use crate::ops::Operation;
-use crate::train::{log, plan_of};
+use crate::train::plan_of;
 use clap::Args;
 use std::io::Write;
 
@@ -53,11 +53,11 @@ pub fn main(a: &PlanArgs, g: &Global) -> Result<()> {
     for region in Region::ALL {
         let bytes = plan.graph.region_bytes(region);
         if bytes > 0 {
-            text += &format!("{:<17} {}\n", format!("{region:?}").to_lowercase(), log::bytes(bytes));
+            text += &format!("{:<17} {}\n", format!("{region:?}").to_lowercase(), room::bytes(bytes));
         }
     }
-    text += &format!("arena             {}\n", log::bytes(plan.layout.bytes));
-    text += &format!("peak memory       {} ({} bytes)\n", log::bytes(plan.bytes()), plan.bytes());
+    text += &format!("arena             {}\n", room::bytes(plan.layout.bytes));
+    text += &format!("peak memory       {} ({} bytes)\n", room::bytes(plan.bytes()), plan.bytes());
     text += &format!(
         "work              {:.4} GFLOP per image, {:.3} GFLOP per step of {batch}\n",
         per_image / 1e9,
@@ -65,8 +65,8 @@ pub fn main(a: &PlanArgs, g: &Global) -> Result<()> {
     );
     text += &format!(
         "least traffic     {} read, {} written per step\n",
-        log::bytes(cost.read as usize),
-        log::bytes(cost.written as usize)
+        room::bytes(cost.read as usize),
+        room::bytes(cost.written as usize)
     );
     std::io::stdout().write_all(text.as_bytes()).map_err(Error::io("output", "write"))
 }

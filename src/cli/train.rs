@@ -7,7 +7,7 @@ use crate::checkpoint::{self, Checkpoint};
 use crate::config::preset::preset;
 use crate::config::{Config, ModelConfig};
 use crate::data::{self, Dataset};
-use crate::device::{Device, Weights};
+use crate::device::Weights;
 use crate::error::{Error, Result};
 use crate::grid::{self, ToByte};
 use crate::ops::p_sample::Reverse;
@@ -53,6 +53,9 @@ pub struct TrainArgs {
     /// Checkpoints kept
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..), help_heading = "Run")]
     keep: u16,
+    /// Leave the images on the host and send each batch ahead of its step, as is done with sets that the device has no room for
+    #[arg(long, help_heading = "Run")]
+    stream_data: bool,
     /// Write event files for TensorBoard beside log.jsonl
     #[arg(long, help_heading = "Run")]
     tensorboard: bool,
@@ -84,9 +87,10 @@ pub fn main(a: &TrainArgs, g: &Global) -> Result<()> {
         Some(place) => a.resumed(&place, g)?,
         None => a.fresh(g)?,
     };
+    // A device that is not there is told before a long load.
+    let device = g.open_device()?;
     let (config, data) = a.with_data(start.config, start.checkpoint.is_none(), g)?;
-    let mut trainer = Trainer::new(config, Device::cpu(g.threads.unwrap_or(0))?, &data, true)?;
-    drop(data);
+    let mut trainer = Trainer::open(config, device, data, a.stream_data)?;
     if let Some(checkpoint) = &start.checkpoint {
         trainer.restore(checkpoint)?;
     }

@@ -6,6 +6,9 @@
 pub mod cpu;
 pub mod cuda;
 pub mod driver;
+pub mod host;
+pub mod ring;
+pub mod room;
 
 use crate::config::Precision;
 use crate::error::Result;
@@ -100,6 +103,17 @@ impl Device {
         match self {
             Device::Cpu(_) => Target::Cpu,
             Device::Cuda(d) => Target::Cuda(d.precision),
+        }
+    }
+
+    /// The device for people: `the processor, 8 threads, f32`.
+    pub fn describe(&self) -> String {
+        match self {
+            Device::Cpu(d) => format!("the processor, {} threads, f32", d.threads()),
+            Device::Cuda(d) => {
+                let name = d.driver().info().map_or_else(|e| e.to_string(), |info| info.name);
+                format!("{name}, {}", d.precision.name())
+            }
         }
     }
 

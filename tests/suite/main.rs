@@ -28,6 +28,7 @@ mod kernels;
 mod network;
 mod pictures;
 mod reference_cli;
+mod runs;
 mod sampling;
 mod steps;
 mod super_res;
