@@ -2,7 +2,7 @@
 //! f32, op by op, with every value that the plan holds in bf16 rounded after each step that writes it.
 
 use half::bf16;
-use iddpm::graph::{DType, Graph, Place, Region, Val};
+use iddpm::graph::{DType, Graph, Place, Region, Val, Value};
 use iddpm::ops::fast::Isa;
 use iddpm::ops::{Operation, Views};
 
@@ -56,7 +56,9 @@ impl Plain {
         let home = (0..g.values.len()).map(|i| home(&g, i)).collect();
         let flat = Region::ALL.map(|r| if is_flat(r) { vec![0.0; g.region_bytes(r) / 4] } else { Vec::new() });
         g.values.iter_mut().filter(|v| v.dtype == DType::Bf16).for_each(|v| v.dtype = DType::F32);
-        let values = g.values.iter().map(|v| vec![f32::NAN; v.bytes().div_ceil(4)]).collect();
+        // As on a device, what survives from run to run is 0 at first.
+        let first = |v: &Value| if v.place == Place::Arena { f32::NAN } else { 0.0 };
+        let values = g.values.iter().map(|v| vec![first(v); v.bytes().div_ceil(4)]).collect();
         Plain { g, half, home, values, flat }
     }
 
