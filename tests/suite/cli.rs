@@ -153,6 +153,14 @@ fn the_reference_spelling_of_flags_is_understood() {
         assert_eq!(totals(same), plain, "{same}");
     }
     assert_ne!(totals("--image_size 32 --num_channels 32 --learn_sigma False --batch_size 2"), plain);
+    let of = |line: &str, row: &str| -> f64 {
+        let text = totals(line);
+        let line = text.lines().find(|l| l.starts_with(row)).unwrap_or_else(|| panic!("no {row} in {text}"));
+        line[row.len()..].split_whitespace().find_map(|w| w.parse().ok()).unwrap()
+    };
+    // Half the bytes of every activation, and the optimiser's 38 a parameter, which stay.
+    let ratio = of("yes --device cuda", "least traffic") / of("yes --device cuda --precision f32", "least traffic");
+    assert!((0.5..0.65).contains(&ratio), "bf16 moves {ratio} of what f32 moves");
     let out = good(folder.path(), "plan --preset cifar10 --batch-size 1 --totals yes");
     assert!(out.contains("52546438 in 446 tensors"), "{out}");
 }
