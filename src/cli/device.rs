@@ -4,6 +4,7 @@
 use crate::config::Precision;
 use crate::device::{Device, driver};
 use crate::error::{Error, Result};
+use crate::graph::Target;
 use clap::Args;
 use std::fmt::{Display, Formatter};
 use std::str::FromStr;
@@ -68,17 +69,29 @@ impl DeviceFlags {
         [format!("--device={}", self.kind())].into_iter().chain(precision).collect()
     }
 
+    /// What a plan for it is recorded for; nothing is opened.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a precision that the device has not.
+    pub fn target(&self) -> Result<Target> {
+        match (self.kind(), self.precision) {
+            (DeviceKind::Cpu, Some(Precision::Bf16)) => {
+                let what = "--precision bf16: the processor computes in f32; give --device cuda as well";
+                Err(Error::Config(what.into()))
+            }
+            (DeviceKind::Cpu, _) => Ok(Target::Cpu),
+            (_, precision) => Ok(Target::Cuda(precision.unwrap_or_default())),
+        }
+    }
+
     /// Opens it; the processor with `threads` threads.
     ///
     /// # Errors
     /// [`Error::Device`] for a device that is not there, with what to install or build; [`Error::Config`] for a precision that
     /// it has not.
     pub fn open(&self, threads: Option<usize>) -> Result<Device> {
+        self.target()?;
         let device = match self.kind() {
-            DeviceKind::Cpu if self.precision == Some(Precision::Bf16) => {
-                let what = "--precision bf16: the processor computes in f32; give --device cuda as well";
-                return Err(Error::Config(what.into()));
-            }
             DeviceKind::Cpu => Device::cpu(threads.unwrap_or(0))?,
             DeviceKind::Cuda(n) => Device::cuda(n)?,
             DeviceKind::Emulated => Device::emulated()?,
