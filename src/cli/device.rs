@@ -69,10 +69,10 @@ impl DeviceFlags {
         [format!("--device={}", self.kind())].into_iter().chain(precision).collect()
     }
 
-    /// What a plan for it is recorded for; nothing is opened.
+    /// What plans are recorded for on it; it need not be there.
     ///
     /// # Errors
-    /// [`Error::Config`] for a precision that the device has not.
+    /// [`Error::Config`] for a precision that it has not.
     pub fn target(&self) -> Result<Target> {
         match (self.kind(), self.precision) {
             (DeviceKind::Cpu, Some(Precision::Bf16)) => {

@@ -88,7 +88,10 @@ enum Command {
         cifar-10-batches-bin --split test --num-samples 200 --device cuda")]
     Nll(Box<nll::NllArgs>),
     /// Print the recorded steps of training: shapes, bytes, FLOPs, places in memory
-    #[command(after_help = "Example:\n  iddpm plan --preset cifar10 --batch-size 16")]
+    #[command(
+        after_help = "Examples:\n  iddpm plan --preset cifar10 --batch-size 16\n  iddpm plan --preset cifar10 --device cuda \
+        --totals yes        (no GPU is needed)"
+    )]
     Plan(Box<plan::PlanArgs>),
     /// Draw charts of schedules, training and bits/dim
     #[command(subcommand)]

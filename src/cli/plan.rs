@@ -66,7 +66,7 @@ fn totals(plan: &Plan, params: &Params, batch: usize) -> String {
     text += &format!("least traffic     {:.3} GB per step: {read:.3} read, {written:.3} written\n", read + written);
     if g.target != Target::Cpu {
         let scratch = g.scratch_traffic() / 1e9;
-        text += &format!("through scratch   {scratch:.3} GB per step, in memory that a GPU's cache can hold\n");
+        text += &format!("scratch traffic   {scratch:.3} GB per step, which a cache can hold\n");
     }
     text
 }

@@ -111,6 +111,11 @@ impl Device {
         }
     }
 
+    /// Is this the emulator, which is slow?
+    pub fn is_emulated(&self) -> bool {
+        matches!(self, Device::Cuda(d) if d.driver().is_emulated())
+    }
+
     /// The device for people: `the processor, 8 threads, f32`.
     pub fn describe(&self) -> String {
         match self {

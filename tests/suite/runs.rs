@@ -1,9 +1,13 @@
 //! Runs on every device there is: steps in flight, failures that are seen late, images that stay on the host, memory that is too
 //! small.
 
-use crate::train::{assert_same, busy, config, images};
+#[cfg(feature = "emulator")]
+use crate::train::config;
+use crate::train::{assert_same, busy, images};
 use iddpm::checkpoint::{self, Checkpoint};
-use iddpm::config::{Config, Precision};
+use iddpm::config::Config;
+#[cfg(feature = "emulator")]
+use iddpm::config::Precision;
 use iddpm::device::Device;
 use iddpm::graph::{DType, Graph, Region, Shape};
 use iddpm::ops::grad_norm::GradNorm;
@@ -11,16 +15,19 @@ use iddpm::train::log::Meter;
 use iddpm::train::{Trainer, slots};
 
 /// The processor, and the CUDA kernels in both precisions on an emulated GPU that is `lag` marks behind its host.
+#[cfg(feature = "emulator")]
 fn devices(lag: u64) -> Vec<(&'static str, Device)> {
-    let mut all = vec![("processor", Device::cpu(2).unwrap())];
-    if cfg!(feature = "emulator") {
-        for (name, precision) in [("emulated, bf16", Precision::Bf16), ("emulated, f32", Precision::F32)] {
-            all.push((name, emulated(lag).with_precision(precision)));
-        }
-    }
-    all
+    let with = |precision| emulated(lag).with_precision(precision);
+    let gpus = [("emulated, bf16", with(Precision::Bf16)), ("emulated, f32", with(Precision::F32))];
+    [("processor", Device::cpu(2).unwrap())].into_iter().chain(gpus).collect()
 }
 
+#[cfg(not(feature = "emulator"))]
+fn devices(_lag: u64) -> Vec<(&'static str, Device)> {
+    vec![("processor", Device::cpu(2).unwrap())]
+}
+
+#[cfg(feature = "emulator")]
 fn emulated(lag: u64) -> Device {
     let device = Device::emulated().unwrap();
     set(&device, |d| d.set_lag(lag));
@@ -86,7 +93,7 @@ fn a_run_is_resumed_to_the_bit_on_every_device() {
 /// Class 1 has an embedding that is not finite: the first image of class 1 fails, and nothing after it counts.
 #[test]
 fn a_failed_step_is_found_late_and_loses_nothing() {
-    for (name, device) in devices(20) {
+    for ((name, device), (_, twin)) in devices(20).into_iter().zip(devices(0)) {
         let mut c = tiny(busy());
         c.train.batch_size = 1;
         let mut t = Trainer::open(c.clone(), device, images(11), true).unwrap();
@@ -102,7 +109,7 @@ fn a_failed_step_is_found_late_and_loses_nothing() {
         let bad = order.iter().position(|&class| class == 1).unwrap();
         assert!(order[bad + 1..bad + 3].contains(&0), "a good step follows soon: {order:?}");
         let (mut meter, mut good) = (Meter::default(), Meter::default());
-        let mut other = Trainer::new(c, emulated_like(&t), &images(11), true).unwrap();
+        let mut other = Trainer::new(c, twin, &images(11), true).unwrap();
         other.device.write_region(Region::Params, &weights).unwrap();
         for _ in 0..bad {
             other.step(&mut good).unwrap();
@@ -126,22 +133,9 @@ fn a_failed_step_is_found_late_and_loses_nothing() {
     }
 }
 
-/// A new device of the kind that `t` runs on.
-fn emulated_like(t: &Trainer) -> Device {
-    match (&t.device, t.plan().graph.half) {
-        (Device::Cpu(_), _) => Device::cpu(1).unwrap(),
-        (_, true) => emulated(0),
-        (_, false) => emulated(0).with_precision(Precision::F32),
-    }
-}
-
 #[test]
 fn a_guarded_norm_stays_bad() {
-    let mut all = vec![Device::cpu(1).unwrap()];
-    if cfg!(feature = "emulator") {
-        all.push(Device::emulated().unwrap());
-    }
-    for mut device in all {
+    for (_, mut device) in devices(0) {
         let mut g = Graph::on(device.target());
         let grads = g.at("grads", Shape::rows(1, 5), DType::F32, Region::Grads, 0);
         let loss = g.fixed("loss", Shape::rows(300, 1), DType::F32, Region::State);

@@ -84,7 +84,8 @@ impl CudaDriver {
         let count = CudaContext::device_count().map_err(|e| plain("listing the GPUs", e))?;
         if ordinal >= count.max(0) as usize {
             return fail(format!(
-                "GPU {ordinal} does not exist: this machine has {count} (counting from 0; CUDA_VISIBLE_DEVICES hides others)"
+                "GPU {ordinal} does not exist: this machine has {count} (counting from 0; CUDA_VISIBLE_DEVICES \
+                 hides others); name another, or use --device cpu"
             ));
         }
         let context = CudaContext::new(ordinal).map_err(|e| plain("opening the GPU", e))?;
@@ -301,7 +302,10 @@ impl CudaDriver {
     }
 
     pub(super) fn free_host(&self, host: *mut u8, _bytes: usize) {
-        // SAFETY: `host` came from alloc_host and is freed once; errors as in free.
+        // A copy may still be under way. Errors as in free.
+        let _ = self.context.bind_to_thread().and_then(|()| self.copies.synchronize());
+        let _ = self.stream.synchronize();
+        // SAFETY: `host` came from alloc_host and is freed once.
         let _ = self.context.bind_to_thread().and_then(|()| unsafe { result::free_host(host.cast()) });
     }
 
