@@ -351,6 +351,12 @@ impl Graph {
         matches!(self[v].place, Place::Fixed(Region::Params | Region::Compute, _))
     }
 
+    /// Bytes that the kernels of the list write to scratch memory and read again: partial sums, folded weights. The steps share
+    /// that memory, one after the other, and a GPU's cache can hold it; it is not part of [`Graph::cost`].
+    pub fn scratch_traffic(&self) -> f64 {
+        self.steps.iter().map(|s| 2.0 * s.op.workspace(self) as f64).sum()
+    }
+
     /// FLOPs and bytes of the whole list.
     pub fn cost(&self) -> Cost {
         self.steps.iter().map(|s| s.op.cost(self)).sum()

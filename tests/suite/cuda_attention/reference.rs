@@ -18,16 +18,13 @@ pub struct Reference {
 }
 
 impl Reference {
-    /// Index and value of the elements of "out", or of the "dq", "dk" or "dv" in dqkv.
-    pub fn part<'a>(&'a self, s: &'a AttentionShape, name: &str) -> impl Iterator<Item = (usize, f64)> + 'a {
-        let part = ["dq", "dk", "dv"].iter().position(|&n| n == name);
-        let owner: Vec<usize> = (0..s.heads).flat_map(|h| s.columns(h)).collect();
-        let of = move |i: usize| {
-            let column = i % (3 * s.c());
-            owner.iter().position(|&first| (first..first + s.d).contains(&column)).map(|p| p % 3)
+    /// Positions of the elements of "out", or of the "dq", "dk" or "dv" in dqkv.
+    pub fn part(&self, s: &AttentionShape, name: &str) -> Vec<usize> {
+        let Some(part) = ["dq", "dk", "dv"].iter().position(|&n| n == name) else {
+            return (0..self.out.len()).collect();
         };
-        let values = if part.is_some() { &self.dqkv } else { &self.out };
-        values.iter().copied().enumerate().filter(move |(i, _)| part.is_none() || of(*i) == part)
+        let owns = |column: usize| (0..s.heads).any(|h| (s.columns(h)[part]..).take(s.d).any(|own| own == column));
+        (0..self.dqkv.len()).filter(|i| owns(i % (3 * s.c()))).collect()
     }
 }
 
