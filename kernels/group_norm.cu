@@ -89,8 +89,7 @@ template <class T, int N> DEV void sums(float* to, const T* x, const Parts& part
             total[i] = sum;
         }
         __syncthreads();
-#pragma unroll
-        for (int e = 0; e < N; e++) v[e] = total[lanes.v * N + e];
+        fetch(v, total + lanes.v * N);
     };
     for (int64_t item = blockIdx.x; item < int64_t(images) * parts.parts * slabs; item += gridDim.x) {
         int slab = int(item % slabs), part = int(item / slabs % parts.parts), n = int(item / slabs / parts.parts);

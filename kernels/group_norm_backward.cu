@@ -153,7 +153,9 @@ template <class T, int N> DEV void resident(const NormGradient& p) {
 #pragma unroll
             for (int i = 0; i < BATCH; i++) {
                 int row = r + i * step, at = row * lanes.vectors + lanes.v;
-                if (row < f.s) dx.row(row) = gradient(p, slope, m, xs[at], ds[at], more[i]);
+                if (row >= f.s) break;
+                Vec<T, N> a = xs[at], b = ds[at];
+                dx.row(row) = gradient(p, slope, m, a, b, more[i]);
             }
         }
     }

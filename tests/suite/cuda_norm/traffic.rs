@@ -49,12 +49,12 @@ fn resident_backward_reads_x_and_dy_once() {
     assert!(moved <= 1.4 && distinct <= 1.05, "{moved:.3} moved, {distinct:.3} distinct");
 }
 
-/// Images of 64 x 64: x and dy twice, dx once, five tensors for the three declared.
+/// Images of 64 x 64: x and dy twice, dx once, five tensors for the three declared; chunks of few images read the partial sums again.
 #[test]
 fn large_backward_reads_x_and_dy_twice() {
     let case = Case { n: 2, hw: [64, 64], channels: [64, 0], ..REAL };
     let [moved, _] = ratios(case, 1, &["group_norm_backward_sums", "group_norm_backward_apply"]);
-    assert!(moved <= 1.05 * 5.0 / 3.0, "{moved:.3} of the declared bytes");
+    assert!(moved <= 1.1 * 5.0 / 3.0, "{moved:.3} of the declared bytes");
 }
 
 /// Without sums from a convolution x is read twice: by the statistics, then by the pass that writes y.
