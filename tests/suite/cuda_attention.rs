@@ -4,7 +4,8 @@
 //! the exponential's argument and of lse; results are sums of s products with it, dp and delta sums of d. Together
 //! `u = eps (s + 3 (d + 8)(1 + Σ|q||k|/√d))` times the sum of the absolute terms bounds a result. bf16 adds 2^-8 of these terms for the
 //! rounding of p or ds, as much for the rounded `out` in delta, and 2^-8 of the result for its own; all against loops on operands rounded to bf16.
-//! Held against unrounded operands, the error may be at most twice that of loops that round operands, p, ds and results to bf16.
+//! Held against unrounded operands, the error may be at most twice that of loops that round operands, p, ds and results to bf16,
+//! and what f32 sums leave (where one key takes all, such loops are exact).
 
 use half::bf16;
 use iddpm::device::driver::{Buffer, Driver, Ptr, Schedule};
