@@ -79,6 +79,7 @@ pub fn run(t: &mut Trainer, o: &Options, preview: &mut dyn FnMut(&mut Trainer, &
     let (step, out) = (t.step, o.out.display());
     match ended {
         Err(Error::NonFinite(what)) => Err(Error::NonFinite(format!("{what}. Last good checkpoint: {}", saved()))),
+        Err(Error::Device(what)) => Err(Error::Device(format!("{what}. Last checkpoint: {}", saved()))),
         Err(e) => Err(e),
         Ok(End::Interrupted) => Err(Error::Interrupted(format!(
             "stopped at step {step} of {steps}, saved in {}; --resume --out {out} goes on",
