@@ -12,6 +12,7 @@ mod cuda_ops;
 mod cuda_small;
 mod data;
 mod device;
+mod diffusers;
 mod diffusion;
 mod driver;
 mod floors;
