@@ -74,18 +74,18 @@ pub fn reference(data: &Data, rounds: bool) -> Reference {
                 delta += f64::from(*dout) * out;
                 delta_size += (f64::from(*dout) * out).abs();
             }
-            for j in 0..s.s {
-                let p = (scale * scores[j].0 - lse).exp();
+            for (j, score) in scores.iter().enumerate() {
+                let p = (scale * score.0 - lse).exp();
                 let (dp, dp_size) = products(dout, token(j, v));
                 let (ds, ds_size) = (round(p * (dp - delta)), p * (dp_size + delta_size));
                 let mut add = |to: usize, weight: f64, size: f64, x: f32| {
                     r.dqkv[to] += weight * f64::from(x);
                     r.dqkv_size[to] += size * f64::from(x).abs();
                 };
-                for e in 0..d {
+                for (e, dout) in dout.iter().enumerate() {
                     add(at(i, q) + e, scale * ds, scale * ds_size, token(j, k)[e]);
                     add(at(j, k) + e, scale * ds, scale * ds_size, token(i, q)[e]);
-                    add(at(j, v) + e, round(p), p, dout[e]);
+                    add(at(j, v) + e, round(p), p, *dout);
                 }
             }
         }
