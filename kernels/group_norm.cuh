@@ -49,6 +49,19 @@ template <class T> DEV float2 scale_shift(const Norm& p, int n, int c) {
     return make_float2(1.0f + to_float(row[c]), to_float(row[p.c() + c]));
 }
 
+// N floats of shared memory, 16 bytes at a time.
+template <int N> DEV void fetch(float (&to)[N], const float* from) {
+    if constexpr (N == 1) {
+        to[0] = from[0];
+    } else {
+#pragma unroll
+        for (int e = 0; e < N; e += 4) {
+            Vec<float, 4> quad = *reinterpret_cast<const Vec<float, 4>*>(from + e);
+            for (int k = 0; k < 4; k++) to[e + k] = quad[k];
+        }
+    }
+}
+
 // N neighbouring channels of an image, from channel c on: those of pixel r begin at `at + r * stride`.
 template <class T, int N> struct Column {
     T* at;

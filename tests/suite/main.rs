@@ -18,6 +18,7 @@ mod cuda_small;
 mod cuda_step;
 mod data;
 mod device;
+mod diffusers;
 mod diffusion;
 mod driver;
 mod floors;

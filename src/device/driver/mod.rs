@@ -366,11 +366,15 @@ impl Driver {
     /// # Errors
     /// What `work` returns, or [`Error::Device`] when the device refuses the graph.
     pub fn capture(&self, mut work: impl FnMut() -> Result<()>) -> Result<Graph> {
-        if let Driver::Cuda(d) = self {
-            d.begin_load();
-            let loaded = work();
-            d.end_load();
-            loaded?;
+        match self {
+            Driver::Cuda(d) => {
+                d.begin_load();
+                let loaded = work();
+                d.end_load();
+                loaded?;
+            }
+            #[cfg(feature = "emulator")]
+            Driver::Emulated(_) => {}
         }
         each!(self, d => d.begin_capture())?;
         let done = work();
