@@ -95,6 +95,16 @@ pub enum Precision {
     F32,
 }
 
+impl Precision {
+    /// As the flag has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Precision::Bf16 => "bf16",
+            Precision::F32 => "f32",
+        }
+    }
+}
+
 /// The network (`UNetModel` of the reference).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ModelConfig {

@@ -226,6 +226,8 @@ pub struct Graph {
     pub target: Target,
     /// Activations are bf16, for CUDA; otherwise f32.
     pub half: bool,
+    /// Convolutions also leave behind the statistics that the norm of their result needs: of use on CUDA.
+    pub epilogue_sums: bool,
     scope: String,
     region_bytes: [usize; Region::ALL.len()],
 }
@@ -239,9 +241,10 @@ impl Graph {
         Self::default()
     }
 
-    /// An empty plan for `target`.
+    /// An empty plan for `target`; for CUDA with statistics from convolutions.
     pub fn on(target: Target) -> Self {
-        Graph { target, half: target == Target::Cuda(Precision::Bf16), ..Self::default() }
+        let (half, epilogue_sums) = (target == Target::Cuda(Precision::Bf16), target != Target::Cpu);
+        Graph { target, half, epilogue_sums, ..Self::default() }
     }
 
     /// Names the module that the next steps belong to.
@@ -346,6 +349,12 @@ impl Graph {
     /// Whether `v` is a parameter, or the bf16 copy of one.
     pub fn is_param(&self, v: Val) -> bool {
         matches!(self[v].place, Place::Fixed(Region::Params | Region::Compute, _))
+    }
+
+    /// Bytes that the kernels of the list write to scratch memory and read again: partial sums, folded weights. The steps share
+    /// that memory, one after the other, and a GPU's cache can hold it; it is not part of [`Graph::cost`].
+    pub fn scratch_traffic(&self) -> f64 {
+        self.steps.iter().map(|s| 2.0 * s.op.workspace(self) as f64).sum()
     }
 
     /// FLOPs and bytes of the whole list.

@@ -14,6 +14,7 @@ use crate::ops::p_sample::{PSample, Reverse};
 use crate::rng;
 use crate::schedule::Process;
 use crate::unet::{self, Params};
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 /// How pictures are made.
@@ -26,6 +27,9 @@ pub struct SampleSettings {
     /// Images made at the same time.
     pub batch: usize,
 }
+
+/// Steps that are started before the oldest of them has ended.
+const AHEAD: usize = 8;
 
 /// A sampling plan bound to a device.
 pub struct Sampler {
@@ -156,7 +160,11 @@ impl Sampler {
         let (g, s) = record(model, diffusion, params, settings, &process, device.target());
         let Steering { x, copy, x_0, time, seeds, control, labels, low_res } = s;
         let (shape, classes) = (g.shape(x), model.num_classes);
-        let id = device.bind(Plan::new(g, true))?;
+        let (whole, target) = (Plan::new(g, true), device.target());
+        let smaller = |batch| plan(model, diffusion, params, &SampleSettings { batch, ..settings.clone() }, target);
+        device.check_room("sampling", &whole, ("--batch-size", settings.batch), smaller)?;
+        let id = device.bind(whole)?;
+        device.capture(id)?;
         let rescale = diffusion.rescale_timesteps;
         Ok(Sampler { id, x, copy, x_0, time, labels, low_res, seeds, control, shape, classes, process, rescale })
     }
@@ -219,6 +227,7 @@ impl Sampler {
         self.check_labels(pictures)?;
         let steps = self.steps();
         let total = pictures.seeds.len().div_ceil(self.shape.n) * steps;
+        let mut flight = VecDeque::new();
         let mut images = Vec::with_capacity(pictures.seeds.len() * self.shape.len() / self.shape.n);
         for (batch, seeds) in pictures.seeds.chunks(self.shape.n).enumerate() {
             let first = batch * self.shape.n;
@@ -228,6 +237,11 @@ impl Sampler {
             for k in 0..steps {
                 self.step(device, steps - 1 - k)?;
                 let done = batch * steps + k + 1;
+                // The host runs a little ahead of the device, so that what is told of the walk stays true.
+                flight.push_back(device.mark()?);
+                if flight.len() > AHEAD {
+                    flight.pop_front().map_or(Ok(()), |mark| mark.wait())?;
+                }
                 each(&Walk { device, sampler: self, pictures: seeds.len(), first, done, total })?;
             }
             images.extend(self.read(device, self.x, seeds.len())?);

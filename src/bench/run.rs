@@ -63,7 +63,7 @@ impl TrainingStep {
         params: &Params,
         mut device: Device,
     ) -> Result<Self> {
-        train::check_memory(plan.bytes())?;
+        train::memory::check(config, &device, &plan)?;
         let planned = plan.bytes();
         let id = device.bind(plan)?;
         device.write_region(Region::Data, &images.pixels)?;

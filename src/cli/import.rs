@@ -77,7 +77,7 @@ pub fn main(a: &ImportArgs, g: &Global) -> Result<()> {
         describe(&config, &["diffusion-steps", "noise-schedule", "learn-sigma", "rescale-timesteps"])
     );
     let check = import_check::Check { config: &config, params: &params, images: a.check_images.as_deref() };
-    println!("check     {}", check.run(g.threads.unwrap_or(0), |i| inputs.read(&config, &params, "model", i))?);
+    println!("check     {}", check.run(g.open_device()?, |i| inputs.read(&config, &params, "model", i))?);
     let to = a.destination(g, Some(step))?;
     inputs.save(&to, config, &params, step)?;
     println!("written   {}", to.display());

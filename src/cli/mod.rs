@@ -4,6 +4,7 @@
 
 mod bench;
 pub mod data;
+mod device;
 pub mod doctor;
 mod export;
 mod flags;
@@ -25,7 +26,8 @@ use crate::error::{Error, Result};
 use crate::graph::Region;
 use crate::train::slots;
 use crate::unet::Params;
-use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use device::DeviceFlags;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -54,36 +56,42 @@ pub struct Global {
     /// Folder for everything that is written [default: runs/<preset> for training, else inside the run's folder]
     #[arg(long, global = true, value_name = "DIR")]
     pub out: Option<PathBuf>,
-    /// Where to compute
-    #[arg(long, global = true, value_enum, default_value_t = DeviceKind::Cpu)]
-    pub device: DeviceKind,
+    /// Where to compute.
+    #[command(flatten)]
+    pub device: DeviceFlags,
 }
 
-/// Devices that can be asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum DeviceKind {
-    /// The processor, in f32.
-    Cpu,
+impl Global {
+    /// Opens the device that was asked for.
+    ///
+    /// # Errors
+    /// Those of [`DeviceFlags::open`].
+    pub fn open_device(&self) -> Result<Device> {
+        self.device.open(self.threads)
+    }
 }
 
 #[derive(Subcommand, Debug)]
 enum Command {
     /// Train a model; alone, on built-in digits
     #[command(after_help = "Examples:\n  iddpm train\n  iddpm train --preset cifar10 --data-dir cifar-10-batches-bin \
-        --out runs/cifar\n  iddpm train --resume --out runs/cifar\n  iddpm train --data_dir photos --image_size 64 \
+        --out runs/cifar\n  iddpm train --resume --out runs/cifar --device cuda\n  iddpm train --data_dir photos --image_size 64 \
         --num_channels 64 --learn_sigma True --noise_schedule cosine --batch_size 16")]
     Train(Box<train::TrainArgs>),
     /// Make pictures with a trained model
     #[command(after_help = "Examples:\n  iddpm sample\n  iddpm sample --model-path runs/cifar --use-ddim \
-        --timestep-respacing 50 --num-samples 16\n  iddpm sample --model-path runs/cond --labels 3,5\n  iddpm sample \
+        --timestep-respacing 50 --num-samples 16\n  iddpm sample --model-path runs/cond --labels 3,5 --device cuda\n  iddpm sample \
         --strip strip.png --animation walk.gif --frame-of xt")]
     Sample(Box<sample::SampleArgs>),
     /// Measure bits/dim by the variational bound
     #[command(after_help = "Examples:\n  iddpm nll --num-samples 50\n  iddpm nll --model-path runs/cifar --data-dir \
-        cifar-10-batches-bin --split test --num-samples 200")]
+        cifar-10-batches-bin --split test --num-samples 200 --device cuda")]
     Nll(Box<nll::NllArgs>),
     /// Print the recorded steps of training: shapes, bytes, FLOPs, places in memory
-    #[command(after_help = "Example:\n  iddpm plan --preset cifar10 --batch-size 16")]
+    #[command(
+        after_help = "Examples:\n  iddpm plan --preset cifar10 --batch-size 16\n  iddpm plan --preset cifar10 --device cuda \
+        --totals yes        (no GPU is needed)"
+    )]
     Plan(Box<plan::PlanArgs>),
     /// Draw charts of schedules, training and bits/dim
     #[command(subcommand)]
@@ -236,12 +244,7 @@ pub(crate) struct Model {
 ///
 /// # Errors
 /// [`Error::Checkpoint`] for a file that cannot be used or a rate that it does not hold.
-pub(crate) fn open_model(
-    path: &Path,
-    flags: &flags::ModelFlags,
-    rate: Option<f64>,
-    threads: Option<usize>,
-) -> Result<Model> {
+pub(crate) fn open_model(path: &Path, flags: &flags::ModelFlags, rate: Option<f64>, global: &Global) -> Result<Model> {
     let checkpoint = match import::is_foreign(path) {
         true => import::open(path, flags)?,
         false => Checkpoint::open(&checkpoint::find(path)?)?,
@@ -261,7 +264,7 @@ pub(crate) fn open_model(
         }
         (checkpoint.ema(rate, &slots(&params), params.len)?, format!("moving average of rate {rate}"))
     };
-    let mut device = Device::cpu(threads.unwrap_or(0))?;
+    let mut device = global.open_device()?;
     device.write_region(Region::Params, &flat)?;
     Ok(Model { checkpoint, params, device, weights })
 }

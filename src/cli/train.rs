@@ -3,12 +3,16 @@
 use super::flags::{self, ModelFlags, TrainFlags};
 use super::images::{self, DataFlags};
 use super::{Global, create_folder, reference};
+use crate::bench::ceilings::Ceilings;
+use crate::bench::step;
+use crate::bench::timing::Effort;
 use crate::checkpoint::{self, Checkpoint};
 use crate::config::preset::preset;
-use crate::config::{Config, ModelConfig};
+use crate::config::{Config, ModelConfig, Precision};
 use crate::data::{self, Dataset};
-use crate::device::{Device, Weights};
+use crate::device::Weights;
 use crate::error::{Error, Result};
+use crate::graph::Target;
 use crate::grid::{self, ToByte};
 use crate::ops::p_sample::Reverse;
 use crate::sampler::{Pictures, SampleSettings, Sampler};
@@ -22,6 +26,8 @@ use std::time::{Duration, Instant};
 const PREVIEW_STEPS: usize = 50;
 /// Pictures of a preview.
 const PREVIEW_PICTURES: usize = 16;
+/// Pictures of a preview on the emulator.
+const EMULATED_PICTURES: usize = 2;
 
 /// Flags of `iddpm train`.
 #[derive(Args, Clone, Debug)]
@@ -53,6 +59,9 @@ pub struct TrainArgs {
     /// Checkpoints kept
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..), help_heading = "Run")]
     keep: u16,
+    /// Leave the images on the host and send each batch ahead of its step, as is done with sets that the device has no room for
+    #[arg(long, help_heading = "Run")]
+    stream_data: bool,
     /// Write event files for TensorBoard beside log.jsonl
     #[arg(long, help_heading = "Run")]
     tensorboard: bool,
@@ -84,9 +93,10 @@ pub fn main(a: &TrainArgs, g: &Global) -> Result<()> {
         Some(place) => a.resumed(&place, g)?,
         None => a.fresh(g)?,
     };
+    // A device that is not there is told before a long load.
+    let device = g.open_device()?;
     let (config, data) = a.with_data(start.config, start.checkpoint.is_none(), g)?;
-    let mut trainer = Trainer::new(config, Device::cpu(g.threads.unwrap_or(0))?, &data, true)?;
-    drop(data);
+    let mut trainer = Trainer::open(config, device, data, a.stream_data)?;
     if let Some(checkpoint) = &start.checkpoint {
         trainer.restore(checkpoint)?;
     }
@@ -94,10 +104,29 @@ pub fn main(a: &TrainArgs, g: &Global) -> Result<()> {
     let out = start.out.as_path();
     println!("output    {}\n{}", out.display(), run::describe(&trainer));
     let mut preview = Preview::default();
-    let options = a.options(out, trainer.config.train.steps);
+    let options = Options { floor_s: ceiling(&trainer)?, ..a.options(out, trainer.config.train.steps) };
     run::run(&mut trainer, &options, &mut |t, path| preview.write(t, path))?;
     println!("output    {}", out.display());
     Ok(())
+}
+
+/// Least seconds of a step in bf16 on a GPU: each op at the rates of products and of copies that are measured now. None elsewhere.
+fn ceiling(t: &Trainer) -> Result<Option<f64>> {
+    let graph = &t.plan().graph;
+    if t.device.is_emulated() || graph.target != Target::Cuda(Precision::Bf16) {
+        return Ok(None);
+    }
+    let c = Ceilings::measure(&t.device, &Effort::default())?;
+    let floor = step::floor(graph, &c);
+    println!(
+        "ceiling   {:.2} ms per step, {:.0} images/s: {:.0} TFLOP/s ({}), {:.2} TB/s copied, measured now",
+        1e3 * floor,
+        t.config.train.batch_size as f64 / floor,
+        c.gflops / 1e3,
+        c.instructions,
+        c.gb_s / 1e3
+    );
+    Ok(Some(floor))
 }
 
 /// Trains a model of super-resolution.
@@ -207,6 +236,7 @@ impl TrainArgs {
             keep: self.keep.into(),
             tensorboard: self.tensorboard,
             time_limit: self.minutes,
+            floor_s: None,
             saved: self.reference_files.then_some(reference::files::write),
         }
     }
@@ -221,6 +251,7 @@ impl Preview {
     fn write(&mut self, t: &mut Trainer, path: &Path) -> Result<String> {
         let began = Instant::now();
         let c = t.config.clone();
+        let count = if t.device.is_emulated() { EMULATED_PICTURES } else { PREVIEW_PICTURES };
         let sampler = match &mut self.0 {
             Some(sampler) => sampler,
             none => {
@@ -228,14 +259,19 @@ impl Preview {
                 if t.process_steps() > PREVIEW_STEPS {
                     process.timestep_respacing = PREVIEW_STEPS.to_string();
                 }
-                let settings = SampleSettings { reverse: Reverse::Ddim(0.0), clip: true, batch: PREVIEW_PICTURES };
-                none.insert(Sampler::new(&mut t.device, &c.model, &process, &t.params, &settings)?)
+                let settings = SampleSettings { reverse: Reverse::Ddim(0.0), clip: true, batch: count };
+                match Sampler::new(&mut t.device, &c.model, &process, &t.params, &settings) {
+                    Ok(sampler) => none.insert(sampler),
+                    // Training goes on where there is no memory left for pictures.
+                    Err(e @ Error::Device(_)) => return Ok(format!("samples   none: {e}")),
+                    Err(e) => return Err(e),
+                }
             }
         };
         let average = run::ready_average(&c.train.ema_rates, t.step);
         t.device.set_weights(sampler.id(), average.map_or(Weights::Live, Weights::Ema));
-        let seeds: Vec<u64> = (0..PREVIEW_PICTURES as u64).map(|i| c.train.seed.wrapping_add(i)).collect();
-        let labels = c.model.num_classes.map(|n| (0..PREVIEW_PICTURES).map(|i| (i % n) as i32).collect::<Vec<_>>());
+        let seeds: Vec<u64> = (0..count as u64).map(|i| c.train.seed.wrapping_add(i)).collect();
+        let labels = c.model.num_classes.map(|n| (0..count).map(|i| (i % n) as i32).collect::<Vec<_>>());
         let pictures = Pictures { seeds: &seeds, labels: labels.as_deref() };
         let x = match &t.low_res {
             Some(small) => sampler.enlarge(&mut t.device, pictures, small, &mut |_| Ok(()))?,

@@ -178,6 +178,26 @@ impl Cpu {
         &mut buffer.bytes_mut()[at..at + value.bytes()]
     }
 
+    /// The memory of the plan's own `region`.
+    pub(super) fn region_mut(&mut self, id: PlanId, region: Region) -> &mut [u8] {
+        let b = &mut self.plans[id.0];
+        match region {
+            Region::Inputs => b.inputs.bytes_mut(),
+            Region::State => b.state.bytes_mut(),
+            _ => panic!("{region:?} belongs to the model"),
+        }
+    }
+
+    /// Bytes that `region` of the model has.
+    pub(super) fn held(&self, region: Region) -> usize {
+        self.model[region as usize].bytes().len()
+    }
+
+    /// The memory of the images.
+    pub(super) fn data_mut(&mut self) -> &mut [u8] {
+        self.model[Region::Data as usize].bytes_mut()
+    }
+
     pub(super) fn write_region(&mut self, region: Region, data: &[u8]) -> Result<()> {
         self.model[region as usize].grow(data.len(), &format!("{region:?}"))?;
         self.model[region as usize].bytes_mut()[..data.len()].copy_from_slice(data);

@@ -6,7 +6,7 @@
 //! A plan in bf16 multiplies by rounded copies of its weights, [`Region::Compute`]. Training writes its own beside the
 //! weights; whenever the weights behind a plan change otherwise, its copies are made anew before its next run.
 
-use super::driver::{self, Buffer, Driver, Launch, Ptr};
+use super::driver::{self, Buffer, Driver, Event, Launch, Pinned, Ptr};
 use super::{Plan, PlanId, Weights};
 use crate::args;
 use crate::config::Precision;
@@ -168,14 +168,17 @@ impl Cuda {
                 _ => ptr(&model[region as usize]),
             };
             let values = b.plan.graph.values.iter().zip(&b.plan.layout.offsets);
-            b.address = values
+            let address: Vec<Ptr> = values
                 .map(|(v, &offset)| match v.place {
                     Place::Arena => ptr(&b.arena).offset(offset),
                     Place::Fixed(region, at) => base(region).offset(at),
                 })
                 .collect();
+            // A graph holds the addresses it was recorded with.
+            if b.address != address {
+                (b.address, b.graph) = (address, None);
+            }
         }
-        self.drop_graphs();
     }
 
     fn drop_graphs(&mut self) {
@@ -263,6 +266,33 @@ impl Cuda {
         let value = &self.plans[id.0].plan.graph[v];
         assert_eq!(out.len(), value.bytes(), "{}: bytes read", value.name);
         self.driver.read(self.host_address(id, v), out)
+    }
+
+    /// Bytes that `region` of the model has.
+    pub(super) fn held(&self, region: Region) -> usize {
+        self.model[region as usize].as_ref().map_or(0, Buffer::bytes)
+    }
+
+    /// Where the plan's own `region` begins.
+    pub(super) fn region(&self, id: PlanId, region: Region) -> Ptr {
+        let b = &self.plans[id.0];
+        match region {
+            Region::Inputs => ptr(&b.inputs),
+            Region::State => ptr(&b.state),
+            _ => panic!("{region:?} belongs to the model"),
+        }
+    }
+
+    pub(super) fn start_write(&self, to: Ptr, data: &Pinned) -> Result<()> {
+        if data.is_empty() { Ok(()) } else { self.driver.write_pinned(to, data) }
+    }
+
+    pub(super) fn start_read(&self, from: Ptr, out: &mut Pinned) -> Result<()> {
+        if out.is_empty() { Ok(()) } else { self.driver.read_pinned(from, out) }
+    }
+
+    pub(super) fn write_data_aside(&self, at: usize, data: &Pinned, after: Option<&Event>) -> Result<Event> {
+        self.driver.write_aside(ptr(&self.model[Region::Data as usize]).offset(at), data, after)
     }
 
     pub(super) fn write_region(&mut self, region: Region, data: &[u8]) -> Result<()> {

@@ -9,6 +9,8 @@ mod geometry;
 pub mod launch;
 mod step;
 
+use super::Op;
+use super::group_norm::Parts;
 use super::view::{Cat, Rows, RowsMut};
 use crate::graph::{Graph, Shape, Source, Val};
 
@@ -83,7 +85,8 @@ impl ConvShape {
         assert!(self.k == 1 || self.k == 3, "conv2d: kernel size {} is neither 1 nor 3", self.k);
         assert!(self.stride == 1 || self.stride == 2, "conv2d: stride {} is neither 1 nor 2", self.stride);
         assert!(!self.upsample || (self.k == 3 && self.stride == 1), "conv2d: upsampling needs a 3x3 of stride 1");
-        let behind = self.pad == 0 && self.k == 3 && self.stride == 2 && self.h % 2 == 0 && self.w % 2 == 0;
+        let behind =
+            self.pad == 0 && self.k == 3 && self.stride == 2 && self.h.is_multiple_of(2) && self.w.is_multiple_of(2);
         assert!(self.pad == self.k / 2 || behind, "conv2d: padding {} of {self:?}", self.pad);
         let sizes = [self.n, self.h, self.w, self.ca, self.oc];
         assert!(sizes.iter().all(|&size| size > 0), "conv2d: a size is 0 in {self:?}");
@@ -227,6 +230,8 @@ pub fn backward_weight_cpu(
 pub struct Conv2d {
     /// Result, (n, oh, ow, oc).
     pub y: Val,
+    /// Statistics of its parts, (n, parts, 2, oc), for the norm that follows; see [`Parts`].
+    pub sums: Option<Val>,
     /// Input, possibly in two parts.
     pub x: Source,
     /// Weights, (oc, k, k, c).
@@ -309,8 +314,18 @@ impl Conv2d {
         shape.check();
         assert_eq!(shape.c(), ws.c, "conv2d: {} input channels for {}", shape.c(), g[w].name);
         let y = g.activation("conv2d", Shape::new(s.n, shape.oh(), shape.ow(), shape.oc));
-        g.push(Conv2d { y, x, w, b, shift: o.shift, residual: o.residual, shape });
+        g.push(Conv2d { y, sums: None, x, w, b, shift: o.shift, residual: o.residual, shape });
         y
+    }
+
+    /// The statistics of the parts of `y`, which the convolution that makes it is to leave behind; none if none makes it.
+    pub fn sums_of(g: &mut Graph, y: Val) -> Option<(Val, Parts)> {
+        let i = g.steps.iter().rposition(|step| matches!(&step.op, Op::Conv2d(conv) if conv.y == y))?;
+        let Op::Conv2d(conv) = g.steps[i].op.clone() else { return None };
+        let (s, parts) = (conv.shape, Parts::of_conv(&conv.shape));
+        let sums = conv.sums.unwrap_or_else(|| g.arena("sums", Shape::new(s.n, parts.parts(), 2, s.oc)));
+        g.steps[i].op = Conv2d { sums: Some(sums), ..conv }.into();
+        Some((sums, parts))
     }
 }
 

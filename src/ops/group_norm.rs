@@ -6,9 +6,13 @@
 //! x, y: (n, s, ca + cb), x as two sources (a group may lie in both); mean, rstd: (n, groups); gamma, beta: (ca + cb).
 
 mod launch;
+mod parts;
 mod step;
 
+pub use parts::Parts;
+
 use super::Views;
+use super::conv2d::Conv2d;
 use super::view::{Cat, Rows, RowsMut};
 use crate::graph::{Graph, Shape, Source, Val};
 use crate::rng::philox;
@@ -300,6 +304,8 @@ pub struct GroupNorm {
     pub rstd: Val,
     /// Input, possibly in two parts.
     pub x: Source,
+    /// Statistics of the parts of each source, (n, parts, 2, channels), where its convolution leaves them behind; used on CUDA.
+    pub sums: [Option<(Val, Parts)>; 2],
     /// Gain, (c).
     pub gamma: Val,
     /// Offset, (c).
@@ -363,9 +369,21 @@ impl GroupNorm {
         let shape =
             GroupNormShape { n: s.n, s: s.h * s.w, ca, cb, groups: GROUPS, eps: o.eps, silu: o.silu, dropout: None };
         let y = g.shaped_like("group_norm", x.a, Shape { c: ca + cb, ..s });
+        let sums = [Some(x.a), x.b].map(|v| if g.epilogue_sums { Conv2d::sums_of(g, v?) } else { None });
         let mean = g.arena("mean", Shape::rows(s.n, GROUPS));
         let rstd = g.arena("rstd", Shape::rows(s.n, GROUPS));
-        g.push(GroupNorm { y, mean, rstd, x, gamma, beta, scale_shift: o.scale_shift, dropout: o.dropout, shape });
+        g.push(GroupNorm {
+            y,
+            mean,
+            rstd,
+            x,
+            sums,
+            gamma,
+            beta,
+            scale_shift: o.scale_shift,
+            dropout: o.dropout,
+            shape,
+        });
         y
     }
 }

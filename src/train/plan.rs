@@ -107,6 +107,15 @@ pub fn record(config: &Config, params: &Params, images: usize, target: Target) -
     Ok((r.g, vals))
 }
 
+/// Records the norm of the weights.
+pub fn record_norm(params: &Params, target: Target) -> (Graph, Val) {
+    let mut g = Graph::on(target);
+    g.scope("weights");
+    let all = g.at("params", Shape::rows(1, params.len), DType::F32, Region::Params, 0);
+    let norm = GradNorm::record(&mut g, all);
+    (g, norm)
+}
+
 struct Recorder<'a> {
     g: Graph,
     config: &'a Config,
@@ -163,7 +172,7 @@ impl Recorder<'_> {
         let m = flat("adam_m", 1, Region::AdamM);
         let v = flat("adam_v", 1, Region::AdamV);
         let ema = Some(flat("ema", hyper.ema_rates.len(), Region::Ema));
-        let norm = GradNorm::record(g, grads);
+        let norm = GradNorm::record_guarded(g, grads, self.terms.loss);
         let ParamVals { all: params, compute: copy, .. } = self.params;
         g.push(AdamwEma { params, m, v, ema, copy, grads, norm, control: self.control, hyper });
         norm

@@ -12,6 +12,8 @@ use iddpm::ops::group_norm::{self, Dropout, DropoutStep, GroupNorm, GroupNormBac
 use iddpm::ops::view::{Cat, Rows, RowsMut};
 use iddpm::rng::philox;
 
+mod chain;
+mod recompute;
 mod traffic;
 
 /// Uniform values in [-1, 1).
@@ -125,6 +127,7 @@ impl Recorded {
             mean: g.arena("mean", stat),
             rstd: g.arena("rstd", stat),
             x,
+            sums: [None; 2],
             gamma,
             beta,
             scale_shift,

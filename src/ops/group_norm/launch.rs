@@ -3,7 +3,8 @@
 //! All cuts depend on the shape alone, never on the GPU, so that every sum has one order. Channel counts that are multiples of a 16-byte
 //! vector (each source's own) take the vector kernels, others the kernels `_any`.
 
-use super::{DropoutStep, GroupNorm, GroupNormBackward, GroupNormShape};
+use super::parts::int;
+use super::{DropoutStep, GroupNorm, GroupNormBackward, GroupNormShape, Parts};
 use crate::args;
 use crate::device::driver::{Arg, Launch, Ptr};
 use crate::error::{Error, Result};
@@ -22,35 +23,10 @@ const MAX_WARP_VECTORS: usize = 32;
 const SHARED: usize = 99 << 10;
 /// Blocks wanted where rows may be shared out between blocks.
 const FULL: usize = 512;
-/// Rows of a part that the kernels of this op sum: what a block has in registers.
+/// Rows of a part of S1 and S2.
 const PART_ROWS: usize = 128;
 /// Largest count of pixels, channels or parts; the kernels count in 32 bits.
 const LIMIT: usize = 1 << 30;
-
-/// How the statistics of one source are cut: Parts of `kernels/group_norm.cuh`.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
-pub struct Parts {
-    grid: i32,
-    rows: i32,
-    phase_parts: i32,
-    parts: i32,
-    flat: i32,
-    unused: i32,
-}
-
-impl Parts {
-    /// Parts of [`PART_ROWS`] pixels of images of `s` pixels.
-    fn of_image(s: usize) -> Self {
-        let parts = int(s.div_ceil(PART_ROWS));
-        Parts { grid: int(s), rows: int(PART_ROWS), phase_parts: parts, parts, ..Self::default() }
-    }
-
-    /// Parts of an image.
-    pub fn parts(&self) -> usize {
-        self.parts as usize
-    }
-}
 
 /// Norm of `kernels/group_norm.cuh`.
 #[repr(C)]
@@ -97,11 +73,6 @@ struct NormGradient {
     partial: Ptr,
     parts: i32,
     part_rows: i32,
-}
-
-/// A size as the kernels take it; [`check`] refuses larger ones first.
-fn int(x: usize) -> i32 {
-    i32::try_from(x).expect("sizes are checked before")
 }
 
 /// Whether activations `vals` of the op called `name` are bf16 rather than f32.
@@ -154,6 +125,11 @@ impl Lane {
             (false, false) => "f32_any",
         };
         Lane { n: if wide { 16 / bytes } else { 1 }, bytes, suffix }
+    }
+
+    /// Channels of a block of the kernels that sum over rows.
+    fn sums_slab(&self) -> usize {
+        self.n * if self.n == 1 { 32 } else { 8 }
     }
 
     /// Widths of a slab of whole groups, best first: whole sectors, whole vectors.
@@ -235,17 +211,22 @@ impl Launcher<'_> {
     }
 }
 
-/// Bytes of the partial statistics of a source of `channels` channels.
-fn sums_bytes(s: &GroupNormShape, channels: usize) -> usize {
-    (s.n * s.s.div_ceil(PART_ROWS) * 2 * channels * 4).next_multiple_of(ALIGN)
+/// Bytes of scratch memory for the statistics of the parts of each source, 0 where they come with it.
+fn sums_bytes(f: &GroupNorm) -> [usize; 2] {
+    let parts = f.shape.n * Parts::of_image(f.shape.s).parts();
+    let bytes = |i: usize, channels: usize| if f.sums[i].is_some() { 0 } else { parts * 2 * channels * 4 };
+    [bytes(0, f.shape.ca), bytes(1, f.shape.cb)].map(|bytes| bytes.next_multiple_of(ALIGN))
 }
 
-/// Scratch memory of the forward: partial statistics of the sources that come without.
+/// Bytes of scratch memory of the forward.
 pub fn forward_workspace(f: &GroupNorm) -> usize {
-    [f.shape.ca, f.shape.cb].into_iter().map(|c| sums_bytes(&f.shape, c)).sum()
+    sums_bytes(f).iter().sum()
 }
 
-/// Statistics, then y.
+/// Statistics of the parts where x comes without, then y.
+///
+/// # Errors
+/// When a launch is refused.
 pub fn forward(f: &GroupNorm, half: bool, m: &Launcher) -> Result<()> {
     let s = &f.shape;
     if s.n * s.s == 0 {
@@ -253,24 +234,32 @@ pub fn forward(f: &GroupNorm, half: bool, m: &Launcher) -> Result<()> {
     }
     let (lane, mut p) = (Lane::new(s, half), Norm::new(f, m));
     let items = p.cut(s, lane);
-    let mut at = m.workspace;
+    let places = [m.workspace, m.workspace.offset(sums_bytes(f)[0])];
     for (i, channels) in [s.ca, s.cb].into_iter().enumerate().filter(|&(_, channels)| channels > 0) {
+        if let Some((sums, parts)) = f.sums[i] {
+            (p.sums[i], p.parts[i]) = (m.ptr(sums), parts);
+            continue;
+        }
         let parts = Parts::of_image(s.s);
-        (p.sums[i], p.parts[i]) = (at, parts);
-        at = at.offset(sums_bytes(s, channels));
-        let slab = lane.n * if lane.n == 1 { 32 } else { 8 };
-        let items = s.n * parts.parts() * channels.div_ceil(slab);
+        (p.sums[i], p.parts[i]) = (places[i], parts);
+        let items = s.n * parts.parts() * channels.div_ceil(lane.sums_slab());
         let args = args![p.sums[i], p.x[i], Arg::Struct(bytemuck::bytes_of(&parts)), p.n, p.channels[i]];
         m.norm(&format!("group_norm_sums_{}", lane.suffix), items, 0, args)?;
     }
     let args = args![m.ptr(f.y), Arg::Struct(bytemuck::bytes_of(&p))];
-    m.norm(&format!("group_norm_apply_{}", lane.suffix), items, 0, args)
+    m.norm(&format!("group_norm_apply_{}", lane.suffix), items, 3 * channel_floats(p.slab), args)
+}
+
+/// Shared memory for a float of each channel of a slab.
+fn channel_floats(slab: i32) -> usize {
+    (slab as usize * 4).next_multiple_of(128)
 }
 
 /// Shared memory of a block that keeps `slab` channels of x and dy.
 fn resident_bytes(s: &GroupNormShape, lane: Lane, slab: usize) -> usize {
     let round = |bytes: usize| bytes.next_multiple_of(128);
-    2 * round(s.s * slab * lane.bytes) + round(WARPS * 2 * slab * 4) + round(2 * slab / s.group_channels() * 4)
+    let (sums, means) = (WARPS * 2 * slab * 4, 2 * slab / s.group_channels() * 4);
+    2 * round(s.s * slab * lane.bytes) + round(sums) + round(means) + round(4 * slab * 4)
 }
 
 /// The widest slab of x and dy that a block can keep, if any.
@@ -288,6 +277,9 @@ pub fn backward_workspace(b: &GroupNormBackward, half: bool) -> usize {
 }
 
 /// dx, then the gradients of the parameters.
+///
+/// # Errors
+/// When a launch is refused.
 pub fn backward(b: &GroupNormBackward, half: bool, m: &Launcher) -> Result<()> {
     let (f, s) = (&b.forward, &b.forward.shape);
     let lane = Lane::new(s, half);
@@ -309,11 +301,10 @@ pub fn backward(b: &GroupNormBackward, half: bool, m: &Launcher) -> Result<()> {
         m.norm(&kernel("resident"), s.n * slabs, resident_bytes(s, lane, slab), args)?;
     } else {
         let items = p.f.cut(s, lane);
-        let slab = lane.n * if lane.n == 1 { 32 } else { 8 };
         let args = args![Arg::Struct(bytemuck::bytes_of(&p))];
-        m.norm(&kernel("sums"), s.n * p.parts as usize * s.c().div_ceil(slab), 0, args)?;
-        let shared = 2 * (p.f.slab as usize).next_multiple_of(32) * 4;
-        m.norm(&kernel("apply"), items, 2 * shared, args)?;
+        m.norm(&kernel("sums"), s.n * p.parts as usize * s.c().div_ceil(lane.sums_slab()), 0, args)?;
+        // S1 and S2, two means of each group, four numbers of each channel.
+        m.norm(&kernel("apply"), items, 8 * channel_floats(p.f.slab), args)?;
     }
     let (rows, stride) = b
         .dscale_shift

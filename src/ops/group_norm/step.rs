@@ -32,7 +32,8 @@ impl Operation for GroupNorm {
         vec![self.y, self.mean, self.rstd]
     }
     fn inputs(&self) -> Vec<Val> {
-        self.x.vals().chain(self.params()).collect()
+        let sums = self.sums.iter().flatten().map(|(v, _)| *v);
+        self.x.vals().chain(sums).chain(self.params()).collect()
     }
     fn cost(&self, g: &Graph) -> Cost {
         let all = Cost::of(self, g, 10.0 * g.shape(self.y).len() as f64);
