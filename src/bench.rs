@@ -7,6 +7,7 @@
 
 pub mod ceilings;
 pub mod configs;
+pub mod gpu;
 pub mod gpu_rates;
 pub mod kernels;
 pub mod load;
@@ -17,3 +18,5 @@ pub mod serve;
 pub mod startup;
 pub mod step;
 pub mod timing;
+#[cfg(feature = "emulator")]
+pub mod traffic;

@@ -3,6 +3,7 @@
 use super::{DeviceKind, Global};
 use crate::bench::ceilings::Ceilings;
 use crate::bench::configs::{self, Named};
+use crate::bench::gpu::{Gpu, Watch};
 use crate::bench::record::Record;
 use crate::bench::timing::Effort;
 use crate::bench::{kernels, run, sample, serve, startup, step};
@@ -65,7 +66,8 @@ pub enum BenchCommand {
 /// Flags of every measurement.
 #[derive(Args, Clone, Debug)]
 pub struct BenchArgs {
-    /// Configurations: t1 to t4 (small), presets, or `all` [default: t1,t2,t3,t4; kernels and sample: t1]
+    /// Configurations: t0 to t4 (small), tiny, presets, or `all` [default: t1 to t4, on a GPU cifar10,imagenet64,tiny, on
+    /// the emulator t0; kernels and sample: the first of these]
     #[arg(long, value_delimiter = ',', value_name = "NAMES")]
     config: Vec<String>,
     /// Images per step [default: that of the configuration]
@@ -124,6 +126,8 @@ pub fn main(command: &BenchCommand, global: &Global) -> Result<()> {
     let threads = global.threads.unwrap_or(0);
     let open = || match global.device {
         DeviceKind::Cpu => Device::cpu(threads),
+        DeviceKind::Cuda => Device::cuda(0),
+        DeviceKind::Emulated => Device::emulated(),
     };
     let (name, args) = match command {
         BenchCommand::Step(a) => ("step", a),
@@ -137,23 +141,32 @@ pub fn main(command: &BenchCommand, global: &Global) -> Result<()> {
         }
         BenchCommand::Curve { bench, steps } => return serve::curve(&bench.one()?, &open, *steps),
     };
+    let device = open()?;
+    let gpu = Gpu::of(&device)?;
+    let all: &[&str] = match &gpu {
+        None => &SMALL,
+        Some(gpu) if gpu.emulated => &["t0"],
+        Some(_) => &["cifar10", "imagenet64", "tiny"],
+    };
     let one = matches!(command, BenchCommand::Kernels(_) | BenchCommand::Sample { .. });
-    let (list, effort) = (args.configs(if one { &SMALL[..1] } else { &SMALL })?, args.effort()?);
+    let (list, effort) = (args.configs(if one { &all[..1] } else { all })?, args.effort()?);
     if let Some(path) = &args.json {
         // Before minutes of measuring, not after.
         File::options().create(true).append(true).open(path).map_err(Error::io(path, "write"))?;
     }
-    let device = open()?;
     let kind = global.device.to_possible_value().map_or_else(String::new, |v| v.get_name().to_string());
     let mut flags = vec!["--device".to_string(), kind.clone()];
     flags.extend(global.threads.map(|n| format!("--threads={n}")));
     // Seconds and bytes of a process are compared with nothing that the machine could do at most.
     let whole = matches!(command, BenchCommand::Startup(_) | BenchCommand::Memory(_));
     let short = Effort { limit_s: effort.limit_s.min(4.0), ..effort };
+    let watch = Watch::start(&device, 0);
     let ceilings = if whole { None } else { Some(Ceilings::measure(&device, &short)?) };
     let mut record = Record::new(name, &kind, run::threads(&device), &effort, ceilings.as_ref());
     let settings: BTreeMap<_, _> = list.iter().map(|n| (n.name.clone(), &n.config)).collect();
     record.set("configurations", settings);
+    record.gpu(gpu.as_ref());
+    let emulated = gpu.is_some_and(|g| g.emulated);
     match (command, &ceilings) {
         (BenchCommand::Step(_), Some(c)) => step::step(&mut record, &list, &open, &effort, c)?,
         (BenchCommand::Kernels(_), Some(c)) => kernels::kernels(&mut record, &list, &open, &effort, c)?,
@@ -161,7 +174,8 @@ pub fn main(command: &BenchCommand, global: &Global) -> Result<()> {
             sample::sample(&mut record, &list, batches, &open, &effort, c)?;
         }
         (BenchCommand::Memory(_), _) => startup::memory(&mut record, &list, &flags)?,
-        _ => startup::startup(&mut record, &list, &flags, &effort)?,
+        _ => startup::startup(&mut record, &list, &flags, &effort, emulated)?,
     }
+    record.clocks(watch.and_then(Watch::stop).as_ref());
     args.json.as_ref().map_or(Ok(()), |path| record.save(path))
 }

@@ -63,6 +63,10 @@ pub struct Global {
 pub enum DeviceKind {
     /// The processor, in f32.
     Cpu,
+    /// The first NVIDIA GPU.
+    Cuda,
+    /// The CUDA kernels as C++ on the processor.
+    Emulated,
 }
 
 #[derive(Subcommand, Debug)]
