@@ -61,7 +61,7 @@ struct Sample {
     reasons: u64,
 }
 
-const QUERY: &str = "clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_throttle_reasons.active";
+const QUERY: &str = "clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active";
 
 /// `1980, 2619, 512.30, 61, 0x0000000000000000`; None for a line of another form.
 fn sample(line: &str) -> Option<Sample> {
@@ -149,8 +149,11 @@ impl Watch {
     /// Starts watching; None where there is no `nvidia-smi`, or `device` is no GPU.
     pub fn start(device: &Device, ordinal: usize) -> Option<Self> {
         matches!(device, Device::Cuda(gpu) if !gpu.driver().is_emulated()).then_some(())?;
-        let mut child = Command::new("nvidia-smi")
-            .args(["--id", &visible(ordinal), "--query-gpu", QUERY, "--format=csv,noheader,nounits", "--loop-ms=500"])
+        // Drivers before 535 call the events throttling.
+        let older = QUERY.replace("event", "throttle");
+        let known = smi(ordinal, QUERY).output().ok()?.status.success();
+        let mut child = smi(ordinal, if known { QUERY } else { &older })
+            .arg("--loop-ms=500")
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()
@@ -168,6 +171,12 @@ impl Watch {
         let _ = self.child.wait();
         Clocks::of(&self.reader.join().unwrap_or_default())
     }
+}
+
+fn smi(ordinal: usize, query: &str) -> Command {
+    let mut command = Command::new("nvidia-smi");
+    command.args(["--id", &visible(ordinal), &format!("--query-gpu={query}"), "--format=csv,noheader,nounits"]);
+    command
 }
 
 /// Name for `nvidia-smi` of the GPU that CUDA calls `ordinal`: an entry of `CUDA_VISIBLE_DEVICES` if that is set.
