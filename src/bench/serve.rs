@@ -21,17 +21,20 @@ use std::io::BufRead;
 
 /// What is run again and again.
 enum Work {
-    Training(TrainingStep),
-    Sampling(ReverseStep),
+    Training(Box<TrainingStep>),
+    Sampling(Box<ReverseStep>),
 }
 
 impl Work {
     fn new(named: &Named, sampler: Option<&str>, open: Open) -> Result<Self> {
-        let Some(name) = sampler else { return TrainingStep::new(&named.config, open).map(Work::Training) };
+        let Some(name) = sampler else {
+            return Ok(Work::Training(Box::new(TrainingStep::new(&named.config, open)?)));
+        };
         let kind = KINDS.iter().find(|(kind, _)| *kind == name);
         let unknown = || Error::Config(format!("--sampler {name}: no such sampler; there are ancestral, ddim"));
         let reverse = kind.ok_or_else(unknown)?.1;
-        ReverseStep::new(&named.config, reverse, named.config.train.batch_size, open).map(Work::Sampling)
+        let step = ReverseStep::new(&named.config, reverse, named.config.train.batch_size, open)?;
+        Ok(Work::Sampling(Box::new(step)))
     }
 
     fn run(&mut self) -> Result<()> {
