@@ -232,7 +232,7 @@ impl Sampler {
         for (batch, seeds) in pictures.seeds.chunks(self.shape.n).enumerate() {
             let first = batch * self.shape.n;
             let labels = pictures.labels.map(|l| &l[first..first + seeds.len()]);
-            self.start(device, seeds, labels)?;
+            self.start(device, Pictures { seeds, labels })?;
             self.write_low_res(device, first, low_res)?;
             for k in 0..steps {
                 self.step(device, steps - 1 - k)?;
@@ -266,7 +266,10 @@ impl Sampler {
     }
 
     /// Writes x_T, seeds and labels; a batch that is not full is filled up with its last picture.
-    fn start(&self, device: &mut Device, seeds: &[u64], labels: Option<&[i32]>) -> Result<()> {
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn start(&self, device: &mut Device, Pictures { seeds, labels }: Pictures) -> Result<()> {
         let at = |n: usize| n.min(seeds.len() - 1);
         let size = self.shape.len() / self.shape.n;
         let mut x = vec![0.0; self.shape.len()];
@@ -297,8 +300,11 @@ impl Sampler {
         device.write_f32(self.id, v, &all)
     }
 
-    /// One reverse step from `t`.
-    fn step(&self, device: &mut Device, t: usize) -> Result<()> {
+    /// One reverse step from `t`; on a GPU it is started, not waited for.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn step(&self, device: &mut Device, t: usize) -> Result<()> {
         let time = vec![self.process.time_value(t, self.rescale); self.shape.n];
         device.write(self.id, self.time, &time)?;
         device.write(self.id, self.control, bytemuck::bytes_of(&Control { t: t as u32, ..Control::default() }))?;
