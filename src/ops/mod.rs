@@ -51,6 +51,11 @@ impl Cost {
     }
 }
 
+/// Bytes of a matrix outside the `columns` columns of it that an op touches.
+pub fn other_columns(g: &Graph, rows: Option<(Val, usize)>, columns: usize) -> f64 {
+    rows.map_or(0, |(v, _)| (g.shape(v).c - columns) * g.shape(v).n * g[v].dtype.bytes()) as f64
+}
+
 impl std::iter::Sum for Cost {
     fn sum<I: Iterator<Item = Cost>>(iter: I) -> Self {
         iter.fold(Cost::default(), |a, b| Cost {

@@ -220,11 +220,11 @@ fn sampled_and_measured(mut device: Device, reverse: Reverse) -> (Vec<f32>, Vec<
     let (model, diffusion) = tiny();
     let params = Params::new(&model);
     device.write_region(Region::Params, &weights(&params)).unwrap();
-    let settings = SampleSettings { reverse, clip: true, batch: 2 };
+    let settings = SampleSettings { reverse, clip: false, batch: 2 };
     let sampler = Sampler::new(&mut device, &model, &diffusion, &params, &settings).unwrap();
     let pictures = Pictures { seeds: &[1, 2, 3, 4, 5], labels: Some(&[0, 1, 2, 0, 1]) };
     let images = sampler.run(&mut device, pictures, &mut |_| Ok(())).unwrap();
-    let settings = NllSettings { clip: true, batch: 5, seed: 4 };
+    let settings = NllSettings { clip: false, batch: 5, seed: 4 };
     let nll = Nll::new(&mut device, &model, &diffusion, &params, 3, &settings).unwrap();
     let pixels: Vec<u8> = (0..48).map(|i| (i * 53 % 256) as u8).collect();
     let report =
@@ -232,13 +232,12 @@ fn sampled_and_measured(mut device: Device, reverse: Reverse) -> (Vec<f32>, Vec<
     (images, report.total_bpd.iter().map(|&x| x as f32).collect())
 }
 
-/// Four steps of a network whose output is good to 1e-6 in f32, and to about 1e-2 in bf16: each rounding is 2^-9 of its value, and
-/// some ten of them follow one another.
+/// In f32 sums are taken in another order: some ten roundings of 2^-24 follow one another, and four steps. In bf16 ten of 2^-9.
 #[test]
 fn samples_and_bits_per_dim_follow_the_processor() {
     for reverse in [Reverse::Ancestral, Reverse::Ddim(0.0)] {
         let (images, bits) = sampled_and_measured(Device::cpu(0).unwrap(), reverse);
-        for (precision, bound) in [(Precision::F32, 2e-5), (Precision::Bf16, 2e-2)] {
+        for (precision, bound) in [(Precision::F32, 2e-6), (Precision::Bf16, 10f64.sqrt() / 512.0)] {
             let (ours, our_bits) = sampled_and_measured(emulated(precision), reverse);
             let off = [distance(&ours, &images), distance(&our_bits, &bits)];
             println!("{reverse:?} {precision:?}: pictures {:.1e} off, bits/dim {:.1e}", off[0], off[1]);
