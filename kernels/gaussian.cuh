@@ -3,8 +3,9 @@
 // The loss needs x_t nowhere. With x_t = sqrt(ab) x_0 + sqrt(1 - ab) eps every objective is a function of one error,
 //
 //     error = out - target,   target = a x_0 + b eps      eps: (0, 1)   x_0: (1, 0)   x_prev: (sqrt(ab_prev), coef2 sqrt(1 - ab))
-//     mean_p - mean_q = k64 error                         eps: -coef1 sqrt(1/ab - 1)   x_0: coef1   x_prev: 1
-//     x_0' - x_0 = m error                                eps: -sqrt(1/ab - 1)         x_0: 1       x_prev: 1/coef1
+//                                                         v: (-sqrt(1 - ab), sqrt(ab))
+//     mean_p - mean_q = k64 error                         eps: -coef1 sqrt(1/ab - 1)   x_0: coef1   x_prev: 1         v: -coef1 sqrt(1 - ab)
+//     x_0' - x_0 = m error                                eps: -sqrt(1/ab - 1)         x_0: 1       x_prev: 1/coef1   v: -sqrt(1 - ab)
 //
 // and at t = 0 (coef1 = 1, coef2 = 0) the decoder's x_0 - mean is -k64 error. So differences of large terms never occur; what
 // remains are sums with coefficients given as two floats (Split), good to an f32 rounding of the result even where the terms
@@ -48,7 +49,8 @@ struct BoundRow {
     float s, z_hi, z_lo;    // u = log_variance - log1 = s ((v + z_hi) + z_lo), v = the variance output or 0
     float k;                // (mean_p - mean_q)/sigma = k error
     float m, c;             // x_0' - x_0 = m error;   (mean_p - mean_q)/sigma = c (x_0' - x_0) unless out is x_prev itself
-    float eps_scale, zero;  // (eps' - eps)^2 = eps_scale (x_0' - x_0)^2
+    float eps_scale;        // (eps' - eps)^2 = eps_scale (x_0' - x_0)^2
+    float weight;           // of the squared error in the loss
 };
 
 // A row of the table. The loops keep the first half in registers.

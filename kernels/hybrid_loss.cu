@@ -9,7 +9,7 @@
 
 // What is minimised: src/ops/hybrid_loss.rs ObjectiveArg.
 struct Objective {
-    float mse_scale, vb_scale;  // loss = mse_scale mse + vb_scale vb, vb in bits/dim
+    float mse_scale, vb_scale;  // loss = mse_scale weight mse + vb_scale vb, weight by t, vb in bits/dim
     int32_t nll_first;          // the decoder's likelihood at t = 0
     int32_t learned;            // out has a variance half
 };
@@ -55,7 +55,7 @@ DEV void hybrid_loss(T* d_out, float* loss, float* mse, float* vb, const T* out,
             Term term = element(error, row, rows[step].exact, nll, bound, image.at(first + i), eps[i], to_float(o[0]), v);
             total[0] = fmaf(error, error, total[0]);
             total[1] += term.value;
-            float d_mean = objective.mse_scale != 0.0f ? 2.0f * scale * error : vb_scale * row.k * term.d_mean;
+            float d_mean = objective.mse_scale != 0.0f ? 2.0f * scale * row.weight * error : vb_scale * row.k * term.d_mean;
             o[0] = from_float<T>(d_mean);
             if (objective.learned) o[g.channels] = from_float<T>(vb_scale * row.s * term.d_log);
         }
@@ -64,7 +64,7 @@ DEV void hybrid_loss(T* d_out, float* loss, float* mse, float* vb, const T* out,
         double sum[2];
         if (threadIdx.x == 0 && add_tiles(sum, total, partials, arrived, n, tile, g.tiles)) {
             double mean_error = sum[0] / double(g.size), bits = sum[1] / double(g.size) * 1.44269504088896340736;
-            loss[n] = float(objective.mse_scale * mean_error + objective.vb_scale * bits);
+            loss[n] = float(objective.mse_scale * row.weight * mean_error + objective.vb_scale * bits);
             mse[n] = float(mean_error);
             vb[n] = float(bits);
         }

@@ -11,6 +11,7 @@ pub mod gpu;
 pub mod gpu_rates;
 pub mod kernels;
 pub mod load;
+pub mod probes;
 pub mod record;
 pub mod run;
 pub mod sample;

@@ -5,6 +5,9 @@
 
 pub mod preset;
 pub mod validate;
+pub mod weight;
+
+pub use weight::LossWeight;
 
 use serde::{Deserialize, Serialize};
 
@@ -16,6 +19,8 @@ pub enum Schedule {
     Linear,
     /// alpha_bar = cos² (Nichol & Dhariwal 2021, eq. 17).
     Cosine,
+    /// alpha_bar falls as a sigmoid from -3 to 3 (Jabri et al. 2022).
+    Sigmoid,
 }
 
 /// What the first half of the network's output means.
@@ -28,6 +33,8 @@ pub enum MeanType {
     XStart,
     /// The previous image x_{t-1} (the posterior mean).
     PreviousX,
+    /// The velocity v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022).
+    V,
 }
 
 /// Where the variance of p(x_{t-1} | x_t) comes from.
@@ -76,6 +83,26 @@ pub enum TimestepSampler {
     Uniform,
     /// In proportion to the root of the mean squared loss (paper, section 3.3).
     LossSecondMoment,
+}
+
+/// Numbers of the network on CUDA: activations and the weights that products read. The processor computes in f32.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Precision {
+    /// bfloat16, with sums, statistics and master weights in f32.
+    #[default]
+    Bf16,
+    /// f32 throughout: slow, for checking.
+    F32,
+}
+
+impl Precision {
+    /// As the flag has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Precision::Bf16 => "bf16",
+            Precision::F32 => "f32",
+        }
+    }
 }
 
 /// The network (`UNetModel` of the reference).
@@ -164,6 +191,9 @@ pub struct DiffusionConfig {
     pub rescale_timesteps: bool,
     /// Term of the bound at t = 0.
     pub vb_first_step: FirstStep,
+    /// Weight of the squared error by t.
+    #[serde(default)]
+    pub loss_weight: LossWeight,
 }
 
 impl Default for DiffusionConfig {
@@ -177,6 +207,7 @@ impl Default for DiffusionConfig {
             loss_type: LossType::RescaledMse,
             rescale_timesteps: true,
             vb_first_step: FirstStep::Nll,
+            loss_weight: LossWeight::Uniform,
         }
     }
 }
@@ -311,10 +342,12 @@ impl Config {
             ("diffusion-steps", d.diffusion_steps.to_string()),
             ("noise-schedule", name(&d.noise_schedule)),
             ("predict-xstart", (d.mean_type == MeanType::XStart).to_string()),
+            ("predict-v", (d.mean_type == MeanType::V).to_string()),
             ("use-kl", matches!(d.loss_type, LossType::Kl | LossType::RescaledKl).to_string()),
             ("rescale-learned-sigmas", (d.loss_type == LossType::RescaledMse).to_string()),
             ("rescale-timesteps", d.rescale_timesteps.to_string()),
             ("vb-first-step", name(&d.vb_first_step)),
+            ("loss-weight", d.loss_weight.to_string()),
             ("schedule-sampler", name(&t.schedule_sampler)),
             ("steps", t.steps.to_string()),
             ("lr", t.lr.to_string()),

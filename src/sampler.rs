@@ -8,12 +8,13 @@ use crate::data::low_res::LowRes;
 use crate::device::{Device, Plan, PlanId};
 use crate::diffusion::gaussian::Output;
 use crate::error::{Error, Result};
-use crate::graph::{DType, Graph, Region, Shape, Source, Val};
+use crate::graph::{DType, Graph, Region, Shape, Source, Target, Val};
 use crate::ops::Control;
 use crate::ops::p_sample::{PSample, Reverse};
 use crate::rng;
 use crate::schedule::Process;
 use crate::unet::{self, Params};
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 /// How pictures are made.
@@ -27,10 +28,15 @@ pub struct SampleSettings {
     pub batch: usize,
 }
 
+/// Steps that are started before the oldest of them has ended.
+const AHEAD: usize = 8;
+
 /// A sampling plan bound to a device.
 pub struct Sampler {
     id: PlanId,
     x: Val,
+    /// x as the network reads it, where that is bf16.
+    copy: Option<Val>,
     x_0: Val,
     time: Val,
     labels: Option<Val>,
@@ -78,15 +84,28 @@ impl Walk<'_> {
     }
 }
 
-/// Records the sampling plan; the values it is steered by are returned with it.
+/// The values a sampling plan is steered by.
+struct Steering {
+    x: Val,
+    copy: Option<Val>,
+    x_0: Val,
+    time: Val,
+    seeds: Val,
+    control: Val,
+    labels: Option<Val>,
+    low_res: Option<Val>,
+}
+
+/// Records the sampling plan for `target`.
 fn record(
     model: &ModelConfig,
     diffusion: &DiffusionConfig,
     params: &Params,
     settings: &SampleSettings,
     process: &Arc<Process>,
-) -> (Graph, [Val; 5], [Option<Val>; 2]) {
-    let mut g = Graph::new();
+    target: Target,
+) -> (Graph, Steering) {
+    let mut g = Graph::on(target);
     let vals = params.declare(&mut g);
     let rows = Shape::rows(settings.batch, 1);
     let size = Shape::new(settings.batch, model.image_size, model.image_size, model.in_channels);
@@ -96,16 +115,18 @@ fn record(
     let labels = model.num_classes.map(|_| g.fixed("labels", rows, DType::I32, Region::Inputs));
     let x = g.fixed("x", size, DType::F32, Region::State);
     let x_0 = g.fixed("x_0", size, DType::F32, Region::State);
-    let low_res = model.low_res.map(|_| g.fixed("low_res", size, DType::F32, Region::Inputs));
-    let out = unet::record(&mut g, model, &vals, Source { a: x, b: low_res }, time, labels, None).out;
+    let copy = g.half.then(|| g.fixed("x bf16", size, DType::Bf16, Region::State));
+    let low_res = model.low_res.map(|_| g.fixed("low_res", size, g.float(), Region::Inputs));
+    let input = Source { a: copy.unwrap_or(x), b: low_res };
+    let out = unet::record(&mut g, model, &vals, input, time, labels, None).out;
     g.scope("sample");
     let output = Output { mean_type: diffusion.mean_type, var_type: diffusion.var_type };
     let (reverse, clip, process) = (settings.reverse, settings.clip, process.clone());
-    g.push(PSample { x, copy: None, x_0: Some(x_0), out, seeds, noise: None, control, reverse, output, clip, process });
-    (g, [x, x_0, time, seeds, control], [labels, low_res])
+    g.push(PSample { x, copy, x_0: Some(x_0), out, seeds, noise: None, control, reverse, output, clip, process });
+    (g, Steering { x, copy, x_0, time, seeds, control, labels, low_res })
 }
 
-/// The plan that [`Sampler::new`] binds, for printing.
+/// The plan that [`Sampler::new`] binds to a device of `target`, for printing.
 ///
 /// # Errors
 /// When the process of `diffusion` cannot be.
@@ -114,9 +135,10 @@ pub fn plan(
     diffusion: &DiffusionConfig,
     params: &Params,
     settings: &SampleSettings,
+    target: Target,
 ) -> Result<Plan> {
     let process = Arc::new(Process::from_config(diffusion)?);
-    Ok(Plan::new(record(model, diffusion, params, settings, &process).0, true))
+    Ok(Plan::new(record(model, diffusion, params, settings, &process, target).0, true))
 }
 
 impl Sampler {
@@ -135,12 +157,16 @@ impl Sampler {
             return Err(Error::Config("batch_size 0: sampling needs a batch of at least 1".into()));
         }
         let process = Arc::new(Process::from_config(diffusion)?);
-        let (g, [x, x_0, time, seeds, control], [labels, low_res]) =
-            record(model, diffusion, params, settings, &process);
+        let (g, s) = record(model, diffusion, params, settings, &process, device.target());
+        let Steering { x, copy, x_0, time, seeds, control, labels, low_res } = s;
         let (shape, classes) = (g.shape(x), model.num_classes);
-        let id = device.bind(Plan::new(g, true))?;
+        let (whole, target) = (Plan::new(g, true), device.target());
+        let smaller = |batch| plan(model, diffusion, params, &SampleSettings { batch, ..settings.clone() }, target);
+        device.check_room("sampling", &whole, ("--batch-size", settings.batch), smaller)?;
+        let id = device.bind(whole)?;
+        device.capture(id)?;
         let rescale = diffusion.rescale_timesteps;
-        Ok(Sampler { id, x, x_0, time, labels, low_res, seeds, control, shape, classes, process, rescale })
+        Ok(Sampler { id, x, copy, x_0, time, labels, low_res, seeds, control, shape, classes, process, rescale })
     }
 
     /// The bound plan, to choose its weights.
@@ -201,6 +227,7 @@ impl Sampler {
         self.check_labels(pictures)?;
         let steps = self.steps();
         let total = pictures.seeds.len().div_ceil(self.shape.n) * steps;
+        let mut flight = VecDeque::new();
         let mut images = Vec::with_capacity(pictures.seeds.len() * self.shape.len() / self.shape.n);
         for (batch, seeds) in pictures.seeds.chunks(self.shape.n).enumerate() {
             let first = batch * self.shape.n;
@@ -210,6 +237,11 @@ impl Sampler {
             for k in 0..steps {
                 self.step(device, steps - 1 - k)?;
                 let done = batch * steps + k + 1;
+                // The host runs a little ahead of the device, so that what is told of the walk stays true.
+                flight.push_back(device.mark()?);
+                if flight.len() > AHEAD {
+                    flight.pop_front().map_or(Ok(()), |mark| mark.wait())?;
+                }
                 each(&Walk { device, sampler: self, pictures: seeds.len(), first, done, total })?;
             }
             images.extend(self.read(device, self.x, seeds.len())?);
@@ -247,7 +279,9 @@ impl Sampler {
             rng::fill_normal(x, seed, 0, 0, rng::op::X_T);
             words.extend([seed as u32, (seed >> 32) as u32]);
         }
-        device.write(self.id, self.x, &x)?;
+        for v in [Some(self.x), self.copy].into_iter().flatten() {
+            device.write_f32(self.id, v, &x)?;
+        }
         device.write(self.id, self.seeds, &words)?;
         if let (Some(v), Some(labels)) = (self.labels, labels) {
             let all: Vec<i32> = (0..self.shape.n).map(|n| labels[at(n)]).collect();
@@ -263,7 +297,7 @@ impl Sampler {
         for (n, out) in all.chunks_exact_mut(self.shape.len() / self.shape.n).enumerate() {
             low_res.enlarge((first + n) % low_res.len(), self.shape.h, out);
         }
-        device.write(self.id, v, &all)
+        device.write_f32(self.id, v, &all)
     }
 
     /// One reverse step from `t`; on a GPU it is started, not waited for.

@@ -33,6 +33,19 @@ pub fn cosine_betas(steps: usize) -> Vec<f64> {
     (0..steps).map(|i| (1.0 - f(i + 1) / f(i)).min(0.999)).collect()
 }
 
+/// Sigmoid betas: `1 - a((i + 1)/T)/a(i/T)`, at most 0.999, with `a(u) = (s(3) - s(6u - 3))/(s(3) - s(-3))` and the
+/// logistic `s(x) = 1/(1 + exp(-x))`: start -3, end 3, tau 1 (Jabri et al. 2022).
+pub fn sigmoid_betas(steps: usize) -> Vec<f64> {
+    const START: f64 = -3.0;
+    const END: f64 = 3.0;
+    let s = |x: f64| 1.0 / (1.0 + (-x).exp());
+    let alpha_bar = |i: usize| {
+        let x = START + (END - START) * (i as f64 / steps as f64);
+        (s(END) - s(x)) / (s(END) - s(START))
+    };
+    (0..steps).map(|i| (1.0 - alpha_bar(i + 1) / alpha_bar(i)).min(0.999)).collect()
+}
+
 /// A forward process with every table the reference derives from its betas.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Process {
@@ -120,6 +133,7 @@ impl Process {
         let beta = match schedule {
             Schedule::Linear => linear_betas(steps),
             Schedule::Cosine => cosine_betas(steps),
+            Schedule::Sigmoid => sigmoid_betas(steps),
         };
         if let Some(i) = beta.iter().position(|&b| b > 1.0) {
             return Err(Error::Config(format!(

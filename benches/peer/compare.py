@@ -37,6 +37,7 @@ from tables import markdown
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 FEWEST = 5  # undisturbed blocks or pairs that a median is taken over
+SAME_LOSS = 0.05  # share by which the loss curves of both sides may differ
 LEAST_S = 45  # seconds left under which no workload is started on a GPU
 
 
@@ -253,12 +254,13 @@ def curves(o):
 
 
 def agreement(ours, theirs):
-    """Whether the means of the second halves lie within four standard errors of each other."""
-    halves = [x[len(x) // 2:] for x in (ours, theirs)]
-    means = [statistics.mean(h) for h in halves]
-    error = math.sqrt(sum(statistics.variance(h) / len(h) for h in halves))
-    return dict(agree=abs(means[0] - means[1]) <= 4 * error, ours=means[0], peer=means[1], standard_error=error,
-                losses=dict(ours=ours, peer=theirs))
+    """Whether two loss curves, each of means of ten steps, agree: the middle of their ratios lies within 5 % of 1.
+
+    The middle, because one image at a small t can multiply the mean loss of its ten steps.
+    """
+    ratios = sorted(b / a for a, b in zip(ours, theirs))
+    middle, quartiles = statistics.median(ratios), [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]]
+    return dict(agree=abs(middle - 1) <= SAME_LOSS, middle=middle, quartiles=quartiles, losses=dict(ours=ours, peer=theirs))
 
 
 def machine():
@@ -442,7 +444,7 @@ def defaults(o, error):
     if unknown := [w for w in o.variants if w not in {n.split()[0] for n in known}]:
         error(f"--variants {','.join(unknown)}: on this device there are {', '.join(dict.fromkeys(n.split()[0] for n in known))}")
     if 0 < o.curve_steps < 40:
-        error(f"--curve-steps {o.curve_steps}: a standard error needs at least 40 steps; 0 leaves the check out, and all ratios")
+        error(f"--curve-steps {o.curve_steps}: at least 40 steps show something; 0 leaves the check out, and all ratios")
     o.variants = [n for n in known if n.split()[0] in o.variants]
     o.clock, o.threads = ("processor_s", 1) if o.processor_time else ("s", o.threads)
     o.our_device = ["--device", "emulated" if o.toy else "cuda", "--precision", o.precision] if cuda else []

@@ -69,10 +69,11 @@ def checks(record):
     lines, c = [], record.get("curves")
     if record.get("golden"):
         lines.append(f"Peer against the golden vectors: {'passed' if record['golden']['passed'] else 'FAILED'}.")
-    if c and "ours" in c:
-        lines.append(f"Mean loss over the second half of {c['steps']} steps of {c['config']} on the same images ({c['precision']}): ours "
-                     f"{c['ours']:.4f}, peer {c['peer']:.4f}, standard error of the difference {c['standard_error']:.4f}: "
-                     f"{'they agree' if c['agree'] else 'they DISAGREE'}.")
+    if c and "middle" in c:
+        lines.append(f"Loss of {c['steps']} steps of {c['config']} on the same images ({c['precision']}), means of ten: peer's over ours "
+                     f"{c['middle']:.3f} in the middle, quartiles {c['quartiles'][0]:.3f} and {c['quartiles'][1]:.3f}; from "
+                     f"{c['losses']['ours'][0]:.3f} and {c['losses']['peer'][0]:.3f} to {c['losses']['ours'][-1]:.3f} and "
+                     f"{c['losses']['peer'][-1]:.3f}: {'they agree' if c['agree'] else 'they DISAGREE'}.")
     elif c:
         lines.append(f"Losses were not compared: {c['why']}.")
     return lines

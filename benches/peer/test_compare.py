@@ -73,7 +73,7 @@ class Compare(unittest.TestCase):
         """The record of a comparison; None, with the reason in self.why, where nothing is measured."""
         parser = compare.arguments()
         given = ["--device", device, "--python", "python", "--out", str(self.folder), "--work", str(self.folder), "--configs", "tiny",
-                 "--sample-configs", "", "--rounds", "5", *flags]
+                 "--sample-configs", "", "--rounds", "5", "--limit-s", "0.1", *flags]
         o = compare.defaults(parser.parse_args(given), parser.error)
         results = {"train tiny batch 128": [dict(variant="P3 norm sums", options=dict(norm="sums"), ms=1.0),
                                             dict(variant="P3 nchw", options={}, ms=2.0)]}

@@ -53,7 +53,7 @@ impl Kinds {
     /// Memory that cannot be had.
     pub fn new(config: &Config, open: Open) -> Result<Self> {
         let (images, device) = (configs::images(config)?, open()?);
-        let (plan, vals, params) = train::plan_of(config, images.n, true)?;
+        let (plan, vals, params) = train::plan_of(config, images.n, true, device.target())?;
         let (mut graph, mut kinds) = distinct(plan.graph, config, vals.control);
         let mut missing: Vec<&'static str> = Vec::new();
         if let Device::Cuda(_) = device {

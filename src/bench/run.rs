@@ -89,13 +89,14 @@ impl TrainingStep {
     /// Settings that do not fit together, or memory that cannot be had.
     pub fn new(config: &Config, open: Open) -> Result<Self> {
         let images = configs::images(config)?;
-        let (plan, vals, params) = train::plan_of(config, images.n, true)?;
-        let mut step = Self::bind(config, &images, plan, vals, &params, open()?)?;
+        let device = open()?;
+        let (plan, vals, params) = train::plan_of(config, images.n, true, device.target())?;
+        let mut step = Self::bind(config, &images, plan, vals, &params, device)?;
         step.device.capture(step.id)?;
         Ok(step)
     }
 
-    /// Binds `plan`, which may be another list over the values of a training step, and fills its inputs.
+    /// Binds to `device` a `plan`, which may be another list over the values of a training step, and fills its inputs.
     ///
     /// # Errors
     /// Memory that cannot be had.
@@ -107,7 +108,7 @@ impl TrainingStep {
         params: &Params,
         mut device: Device,
     ) -> Result<Self> {
-        train::check_memory(plan.bytes())?;
+        train::memory::check(config, &device, &plan)?;
         let memory = Memory::of(&plan, &device)?;
         let id = device.bind(plan)?;
         device.write_region(Region::Data, &images.pixels)?;

@@ -44,7 +44,8 @@ impl ReverseStep {
         diffusion.timestep_respacing = STEPS.to_string();
         let settings = SampleSettings { reverse, clip: true, batch };
         let mut device = open()?;
-        let memory = Memory::of(&sampler::plan(&config.model, &diffusion, &params, &settings)?, &device)?;
+        let plan = sampler::plan(&config.model, &diffusion, &params, &settings, device.target())?;
+        let memory = Memory::of(&plan, &device)?;
         device.write_region(Region::Params, &weights(&params, config.train.seed))?;
         let sampler = Sampler::new(&mut device, &config.model, &diffusion, &params, &settings)?;
         let seeds: Vec<u64> = (0..batch as u64).collect();

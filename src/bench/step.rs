@@ -91,6 +91,8 @@ fn op_table(name: &str, g: &Graph, seconds: &[f64], ceilings: &Ceilings) -> Tabl
             ("count", count.into()),
             ("ms", (1e3 * s).into()),
             ("share_pct", (100.0 * s / total).into()),
+            ("gflop", (cost.flops / 1e9).into()),
+            ("mb", ((cost.read + cost.written) / 1e6).into()),
             ("gflop_s", (cost.flops / s / 1e9).into()),
             ("gb_s", ((cost.read + cost.written) / s / 1e9).into()),
             ("floor_ms", (1e3 * floor).into()),

@@ -1,15 +1,15 @@
 //! `iddpm bench`: measurements, each in [`crate::bench`].
 
-use super::{DeviceKind, Global};
+use super::Global;
+use super::device::DeviceKind;
 use crate::bench::ceilings::Ceilings;
 use crate::bench::configs::{self, Named};
 use crate::bench::gpu::{Gpu, Watch};
 use crate::bench::record::Record;
 use crate::bench::timing::Effort;
-use crate::bench::{kernels, run, sample, serve, startup, step};
-use crate::device::Device;
+use crate::bench::{kernels, probes, run, sample, serve, startup, step};
 use crate::error::{Error, Result};
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{Args, Subcommand};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::PathBuf;
@@ -33,6 +33,15 @@ pub enum BenchCommand {
         /// Pictures made at the same time
         #[arg(long, value_delimiter = ',', default_values_t = [1, 16, 64, 128])]
         batches: Vec<usize>,
+    },
+    /// What the device does at most; on a GPU also caches, gaps of a graph, cost of a tile, clock under load
+    #[command(after_help = "Example:\n  iddpm bench ceilings --device cuda --json ceilings.json")]
+    Ceilings {
+        #[command(flatten)]
+        bench: BenchArgs,
+        /// Seconds of matrix products without a pause, on a GPU
+        #[arg(long, default_value_t = 10.0)]
+        sustained_seconds: f64,
     },
     /// From the start of the process to its first training step
     #[command(after_help = "Example:\n  iddpm bench startup --config digits")]
@@ -123,16 +132,12 @@ const SMALL: [&str; 4] = ["t1", "t2", "t3", "t4"];
 /// # Errors
 /// Those of the measurement.
 pub fn main(command: &BenchCommand, global: &Global) -> Result<()> {
-    let threads = global.threads.unwrap_or(0);
-    let open = || match global.device {
-        DeviceKind::Cpu => Device::cpu(threads),
-        DeviceKind::Cuda => Device::cuda(0),
-        DeviceKind::Emulated => Device::emulated(),
-    };
+    let open = || global.open_device();
     let (name, args) = match command {
         BenchCommand::Step(a) => ("step", a),
         BenchCommand::Kernels(a) => ("kernels", a),
         BenchCommand::Sample { bench, .. } => ("sample", bench),
+        BenchCommand::Ceilings { bench, .. } => ("ceilings", bench),
         BenchCommand::Startup(a) => ("startup", a),
         BenchCommand::Memory(a) => ("memory", a),
         BenchCommand::FirstStep(a) => return startup::child(&a.one()?, &open),
@@ -154,13 +159,14 @@ pub fn main(command: &BenchCommand, global: &Global) -> Result<()> {
         // Before minutes of measuring, not after.
         File::options().create(true).append(true).open(path).map_err(Error::io(path, "write"))?;
     }
-    let kind = global.device.to_possible_value().map_or_else(String::new, |v| v.get_name().to_string());
-    let mut flags = vec!["--device".to_string(), kind.clone()];
+    let kind = global.device.kind().to_string();
+    let mut flags = global.device.given();
     flags.extend(global.threads.map(|n| format!("--threads={n}")));
     // Seconds and bytes of a process are compared with nothing that the machine could do at most.
     let whole = matches!(command, BenchCommand::Startup(_) | BenchCommand::Memory(_));
     let short = Effort { limit_s: effort.limit_s.min(4.0), ..effort };
-    let watch = Watch::start(&device, 0);
+    let ordinal = if let DeviceKind::Cuda(n) = global.device.kind() { n } else { 0 };
+    let watch = Watch::start(&device, ordinal);
     let ceilings = if whole { None } else { Some(Ceilings::measure(&device, &short)?) };
     let mut record = Record::new(name, &kind, run::threads(&device), &effort, ceilings.as_ref());
     let settings: BTreeMap<_, _> = list.iter().map(|n| (n.name.clone(), &n.config)).collect();
@@ -172,6 +178,9 @@ pub fn main(command: &BenchCommand, global: &Global) -> Result<()> {
         (BenchCommand::Kernels(_), Some(c)) => kernels::kernels(&mut record, &list, &open, &effort, c)?,
         (BenchCommand::Sample { batches, .. }, Some(c)) => {
             sample::sample(&mut record, &list, batches, &open, &effort, c)?;
+        }
+        (BenchCommand::Ceilings { sustained_seconds, .. }, Some(c)) => {
+            probes::probe(&mut record, &device, c, *sustained_seconds)?;
         }
         (BenchCommand::Memory(_), _) => startup::memory(&mut record, &list, &flags)?,
         _ => startup::startup(&mut record, &list, &flags, &effort, emulated)?,

@@ -3,7 +3,7 @@
 //! For a new run they change a preset; for a checkpoint they must agree with what it holds. Names are those of the
 //! reference; [`super::normalise`] lets them be written with dashes or underscores.
 
-use crate::config::{Config, FirstStep, LossType, MeanType, Schedule, TimestepSampler, VarType, preset};
+use crate::config::{Config, FirstStep, LossType, LossWeight, MeanType, Schedule, TimestepSampler, VarType, preset};
 use crate::error::{Error, Result};
 use std::path::Path;
 
@@ -91,6 +91,9 @@ pub struct ModelFlags {
     /// Predict the clean image rather than the noise
     #[arg(long, value_name = BOOL, help_heading = "Diffusion")]
     pub predict_xstart: Option<bool>,
+    /// Predict the velocity v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 rather than the noise
+    #[arg(long, value_name = BOOL, help_heading = "Diffusion")]
+    pub predict_v: Option<bool>,
     /// The network sees t·1000/T rather than t
     #[arg(long, value_name = BOOL, help_heading = "Diffusion")]
     pub rescale_timesteps: Option<bool>,
@@ -100,6 +103,9 @@ pub struct ModelFlags {
     /// Term of the bound at the last step
     #[arg(long, value_enum, help_heading = "Diffusion")]
     pub vb_first_step: Option<FirstStep>,
+    /// Weight of the squared error by timestep: uniform, or min-snr:5
+    #[arg(long, value_name = "WEIGHT", help_heading = "Diffusion")]
+    pub loss_weight: Option<LossWeight>,
     /// Accepted for the reference's command lines; the CPU computes in f32
     #[arg(long, value_name = BOOL, hide = true)]
     pub use_fp16: Option<bool>,
@@ -174,6 +180,7 @@ impl ModelFlags {
             Some(sizes) => sizes.iter().map(|s| factor(s).ok_or_else(|| m.no_such_level(*s))).collect::<Result<_>>()?,
             None => pixels.iter().filter_map(factor).collect(),
         };
+        m.attention_resolutions.sort_unstable();
         if let Some(size) = self.small_size {
             m.low_res = usize::try_from(size).ok();
         }
@@ -201,23 +208,20 @@ impl ModelFlags {
             None => {}
         }
         set(&mut c.train.recompute, &self.use_checkpoint);
-        self.apply_diffusion(c);
+        self.apply_diffusion(c)?;
         c.model.out_channels = c.model.in_channels * if c.diffusion.learns_variance() { 2 } else { 1 };
         Ok(())
     }
 
     /// The objective and the variance follow from several flags together, as in the reference.
-    fn apply_diffusion(&self, c: &mut Config) {
+    fn apply_diffusion(&self, c: &mut Config) -> Result<()> {
         let d = &mut c.diffusion;
         set(&mut d.diffusion_steps, &self.diffusion_steps);
         set(&mut d.noise_schedule, &self.noise_schedule);
         set(&mut d.rescale_timesteps, &self.rescale_timesteps);
         set(&mut d.vb_first_step, &self.vb_first_step);
-        match self.predict_xstart {
-            Some(true) => d.mean_type = MeanType::XStart,
-            Some(false) => d.mean_type = MeanType::Epsilon,
-            None => {}
-        }
+        set(&mut d.loss_weight, &self.loss_weight);
+        d.mean_type = self.mean_type(d.mean_type)?;
         let small = self.sigma_small.unwrap_or(d.var_type == VarType::FixedSmall);
         d.var_type = match (self.learn_sigma.unwrap_or(d.learns_variance()), small) {
             (true, _) => VarType::LearnedRange,
@@ -231,6 +235,21 @@ impl ModelFlags {
             (false, true) => LossType::RescaledMse,
             (false, false) => LossType::Mse,
         };
+        Ok(())
+    }
+
+    /// What the network predicts, if without these flags it is `now`; a False takes back only its own prediction.
+    fn mean_type(&self, now: MeanType) -> Result<MeanType> {
+        match (self.predict_xstart, self.predict_v) {
+            (Some(true), Some(true)) => {
+                Err(Error::Config("--predict-xstart and --predict-v: a network predicts one of them".into()))
+            }
+            (Some(true), _) => Ok(MeanType::XStart),
+            (_, Some(true)) => Ok(MeanType::V),
+            (Some(false), _) if now != MeanType::V => Ok(MeanType::Epsilon),
+            (_, Some(false)) if now == MeanType::V => Ok(MeanType::Epsilon),
+            _ => Ok(now),
+        }
     }
 
     /// What is accepted without an effect, said once.

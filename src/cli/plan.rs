@@ -3,11 +3,11 @@
 use super::Global;
 use super::flags::{ModelFlags, TrainFlags};
 use crate::config::preset::preset;
-use crate::device::Plan;
+use crate::device::{Plan, room};
 use crate::error::{Error, Result};
 use crate::graph::{Place, Region};
 use crate::ops::Operation;
-use crate::train::{log, plan_of};
+use crate::train::plan_of;
 use clap::Args;
 use std::io::Write;
 
@@ -40,7 +40,7 @@ pub fn main(a: &PlanArgs, g: &Global) -> Result<()> {
     // A preset knows its classes; --class-cond alone does not.
     config.model.num_classes = config.model.num_classes.map(|n| if n == 0 { a.classes } else { n });
     let images = a.images.unwrap_or(config.train.batch_size);
-    let (plan, _, params) = plan_of(&config, images, true)?;
+    let (plan, _, params) = plan_of(&config, images, true, g.device.target()?)?;
     let mut text = String::new();
     if a.totals != Some(true) {
         text += &table(&plan);
@@ -53,21 +53,29 @@ pub fn main(a: &PlanArgs, g: &Global) -> Result<()> {
     for region in Region::ALL {
         let bytes = plan.graph.region_bytes(region);
         if bytes > 0 {
-            text += &format!("{:<17} {}\n", format!("{region:?}").to_lowercase(), log::bytes(bytes));
+            text += &format!("{:<17} {}\n", format!("{region:?}").to_lowercase(), room::bytes(bytes));
         }
     }
-    text += &format!("arena             {}\n", log::bytes(plan.layout.bytes));
-    text += &format!("peak memory       {} ({} bytes)\n", log::bytes(plan.bytes()), plan.bytes());
+    text += &format!("arena             {}\n", room::bytes(plan.layout.bytes));
+    if plan.beside > 0 {
+        text += &format!("scratch, tables   {}\n", room::bytes(plan.beside));
+    }
+    text += &format!("peak memory       {} ({} bytes)\n", room::bytes(plan.bytes()), plan.bytes());
     text += &format!(
         "work              {:.4} GFLOP per image, {:.3} GFLOP per step of {batch}\n",
         per_image / 1e9,
         cost.flops / 1e9
     );
     text += &format!(
-        "least traffic     {} read, {} written per step\n",
-        log::bytes(cost.read as usize),
-        log::bytes(cost.written as usize)
+        "least traffic     {:.3} GB per step: {:.3} read, {:.3} written\n",
+        (cost.read + cost.written) / 1e9,
+        cost.read / 1e9,
+        cost.written / 1e9
     );
+    let scratch = plan.graph.scratch_traffic();
+    if plan.beside > 0 {
+        text += &format!("scratch traffic   {:.3} GB per step, which a cache can hold\n", scratch / 1e9);
+    }
     std::io::stdout().write_all(text.as_bytes()).map_err(Error::io("output", "write"))
 }
 

@@ -69,7 +69,7 @@ pub struct SampleArgs {
 /// [`Error::Checkpoint`], [`Error::Config`] for flags that disagree with it, [`Error::Io`].
 pub fn main(a: &SampleArgs, g: &Global) -> Result<()> {
     a.model.notes();
-    let mut model = open_model(&a.model_path, a.ema_rate, g.threads)?;
+    let mut model = open_model(&a.model_path, &a.model, a.ema_rate, g)?;
     let config = model.checkpoint.progress.config.clone();
     let path = model.checkpoint.path().to_path_buf();
     let mut asked = config.clone();

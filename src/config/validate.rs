@@ -1,6 +1,6 @@
 //! What must hold between the values of a configuration, said with both values and the way out.
 
-use super::{Config, DiffusionConfig, ModelConfig, Schedule, TrainConfig};
+use super::{Config, DiffusionConfig, LossType, LossWeight, ModelConfig, Schedule, TrainConfig};
 use crate::error::{Error, Result};
 
 fn check(holds: bool, what: impl FnOnce() -> String) -> Result<()> {
@@ -129,6 +129,17 @@ impl DiffusionConfig {
         check(self.noise_schedule != Schedule::Linear || self.diffusion_steps > 20, || {
             let t = self.diffusion_steps;
             format!("--diffusion-steps {t}: the linear schedule needs at least 21; use --noise-schedule cosine")
+        })?;
+        let weighted = match self.loss_weight {
+            LossWeight::Uniform => return Ok(()),
+            LossWeight::MinSnr(gamma) => gamma,
+        };
+        within("loss-weight min-snr", weighted, 1e-6, 1e6)?;
+        check(matches!(self.loss_type, LossType::Mse | LossType::RescaledMse), || {
+            format!(
+                "--loss-weight {} weighs the squared error, which --use-kl has not: leave one out",
+                self.loss_weight
+            )
         })
     }
 }
@@ -161,8 +172,8 @@ impl TrainConfig {
 
 #[cfg(test)]
 mod tests {
-    use crate::config::Config;
     use crate::config::preset::PRESETS;
+    use crate::config::{Config, LossType, LossWeight};
 
     #[test]
     fn presets_are_valid_and_survive_json() {
@@ -189,6 +200,13 @@ mod tests {
             (message(|c| c.model.attention_resolutions = vec![16]), vec!["4", "64, 32, 16, 8"]),
             (message(|c| c.diffusion.diffusion_steps = 1), vec!["--diffusion-steps 1"]),
             (message(|c| c.diffusion.diffusion_steps = 20), vec!["--diffusion-steps 20", "21", "cosine"]),
+            (
+                message(|c| {
+                    (c.diffusion.loss_weight, c.diffusion.loss_type) = (LossWeight::MinSnr(5.0), LossType::RescaledKl);
+                }),
+                vec!["--loss-weight min-snr:5", "--use-kl"],
+            ),
+            (message(|c| c.diffusion.loss_weight = LossWeight::MinSnr(-1.0)), vec!["--loss-weight min-snr -1"]),
             (message(|c| c.model.out_channels = 6), vec!["6", "3", "--learn-sigma"]),
             (message(|c| c.train.lr = f64::NAN), vec!["--lr NaN"]),
             (message(|c| c.train.lr_anneal_steps = 10), vec!["500000", "10"]),

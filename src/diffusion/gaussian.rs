@@ -81,6 +81,11 @@ pub fn eps_from_x_0(c: &Coefs, x_t: f64, x_0: f64) -> f64 {
     (c.sqrt_recip_alpha_bar * x_t - x_0) / c.sqrt_recipm1_alpha_bar
 }
 
+/// `x_0 = sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v`.
+pub fn x_0_from_v(c: &Coefs, x_t: f64, v: f64) -> f64 {
+    c.sqrt_alpha_bar * x_t - c.sqrt_one_minus_alpha_bar * v
+}
+
 /// Variance and log-variance of p(x_{t-1} | x_t). `out_var` is read with a learned variance only:
 ///
 /// ```text
@@ -128,6 +133,7 @@ pub fn predict_x_0(c: &Coefs, mean_type: MeanType, x_t: f64, out_mean: f64) -> f
         MeanType::Epsilon => x_0_from_eps(c, x_t, out_mean),
         MeanType::XStart => out_mean,
         MeanType::PreviousX => x_0_from_x_prev(c, x_t, out_mean),
+        MeanType::V => x_0_from_v(c, x_t, out_mean),
     }
 }
 
@@ -137,7 +143,7 @@ pub fn p_mean(c: &Coefs, mean_type: MeanType, x_t: f64, out_mean: f64, x_0_map: 
     let x_0 = x_0_map(predict_x_0(c, mean_type, x_t, out_mean));
     match mean_type {
         MeanType::PreviousX => (out_mean, x_0),
-        MeanType::Epsilon | MeanType::XStart => (q_posterior_mean(c, x_0, x_t), x_0),
+        MeanType::Epsilon | MeanType::XStart | MeanType::V => (q_posterior_mean(c, x_0, x_t), x_0),
     }
 }
 
@@ -147,6 +153,7 @@ pub fn d_p_mean(c: &Coefs, mean_type: MeanType) -> f64 {
         MeanType::Epsilon => -c.coef1 * c.sqrt_recipm1_alpha_bar,
         MeanType::XStart => c.coef1,
         MeanType::PreviousX => 1.0,
+        MeanType::V => -c.coef1 * c.sqrt_one_minus_alpha_bar,
     }
 }
 
@@ -163,12 +170,13 @@ pub fn p_mean_variance(
     Prediction { mean, variance, log_variance, x_0 }
 }
 
-/// What the network should say at an element: eps, x_0, or the posterior mean.
+/// What the network should say at an element: eps, x_0, the posterior mean, or `v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0`.
 #[inline]
 pub fn target(c: &Coefs, mean_type: MeanType, x_0: f64, x_t: f64, eps: f64) -> f64 {
     match mean_type {
         MeanType::Epsilon => eps,
         MeanType::XStart => x_0,
         MeanType::PreviousX => q_posterior_mean(c, x_0, x_t),
+        MeanType::V => c.sqrt_alpha_bar * eps - c.sqrt_one_minus_alpha_bar * x_0,
     }
 }

@@ -1,10 +1,18 @@
 //! Training losses of one image with their gradient, and the terms of the variational bound.
 //!
 //! ```text
-//! mse                mean (target - out)²                 + L_vb             where the variance is learned
-//! rescaled_mse       mean (target - out)²                 + (T/1000) L_vb    where the variance is learned
+//! mse                w mean (target - out)²               + L_vb             where the variance is learned
+//! rescaled_mse       w mean (target - out)²               + (T/1000) L_vb    where the variance is learned
 //! kl, rescaled_kl    L_vb,   T·L_vb
 //! L_vb               mean KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) / ln 2,   at t = 0  -mean log p(x_0 | x_1) / ln 2
+//! ```
+//!
+//! The weight w is 1, or min-SNR's: with `SNR = ab/(1 - ab)`, ab = alpha_bar_t, `min(SNR, gamma)` on the squared error of x_0. The error
+//! of another prediction is a multiple of that of x_0, so that
+//!
+//! ```text
+//! x_0      w = min(SNR, gamma)             eps      w = min(1, gamma/SNR)
+//! v        w = min(ab, gamma (1 - ab))     x_prev   w = min(SNR, gamma)/coef1²
 //! ```
 //!
 //! In the mse losses L_vb does not reach the mean half of the output: that half learns from the mse alone, the variance half
@@ -14,11 +22,11 @@ use std::f64::consts::LN_2;
 
 use super::gaussian::{self, Output};
 use super::likelihood::{Term, log_likelihood, normal_kl};
-use crate::config::{DiffusionConfig, FirstStep, LossType};
+use crate::config::{DiffusionConfig, FirstStep, LossType, LossWeight, MeanType};
 use crate::schedule::{Coefs, Process};
 
-/// What is trained: the meaning of the output, the loss, the term at t = 0.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What is trained: the meaning of the output, the loss, the term at t = 0, the weight of the squared error.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Objective {
     /// Meaning of the network's output.
     pub output: Output,
@@ -26,6 +34,8 @@ pub struct Objective {
     pub loss_type: LossType,
     /// The term of the bound at t = 0.
     pub first_step: FirstStep,
+    /// Weight of the squared error by t.
+    pub weight: LossWeight,
 }
 
 impl Objective {
@@ -35,6 +45,7 @@ impl Objective {
             output: Output { mean_type: config.mean_type, var_type: config.var_type },
             loss_type: config.loss_type,
             first_step: config.vb_first_step,
+            weight: config.loss_weight,
         }
     }
 
@@ -43,6 +54,18 @@ impl Objective {
         match self.loss_type {
             LossType::Mse | LossType::RescaledMse => 1.0,
             LossType::Kl | LossType::RescaledKl => 0.0,
+        }
+    }
+
+    /// Weight of the mse at one t, beside [`Self::mse_scale`].
+    pub fn weight(&self, c: &Coefs) -> f64 {
+        let LossWeight::MinSnr(gamma) = self.weight else { return 1.0 };
+        let snr = c.alpha_bar / (1.0 - c.alpha_bar);
+        match self.output.mean_type {
+            MeanType::Epsilon => (gamma / snr).min(1.0),
+            MeanType::XStart => snr.min(gamma),
+            MeanType::PreviousX => snr.min(gamma) / (c.coef1 * c.coef1),
+            MeanType::V => c.alpha_bar.min(gamma * (1.0 - c.alpha_bar)),
         }
     }
 
@@ -60,7 +83,7 @@ impl Objective {
 /// The loss of one image and its parts.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Terms {
-    /// What is minimised: `mse_scale·mse + vb_scale·vb_bpd`.
+    /// What is minimised: `mse_scale·weight·mse + vb_scale·vb_bpd`.
     pub loss: f64,
     /// Mean of `(target - out)²`.
     pub mse: f64,
@@ -88,9 +111,10 @@ pub fn loss_and_grad(
         "loss: {channels} channels"
     );
     let n = x_0.len() as f64;
-    let (mse_scale, vb_scale) = (objective.mse_scale(), objective.vb_scale(c.steps));
+    let (mse_scale, vb_scale) = (objective.mse_scale() * objective.weight(c), objective.vb_scale(c.steps));
     // Derivative of the bound with respect to the two halves; the mean is detached where the mse trains it.
-    let d_mean = if mse_scale == 0.0 { vb_scale / LN_2 * gaussian::d_p_mean(c, output.mean_type) } else { 0.0 };
+    let d_mean =
+        if objective.mse_scale() == 0.0 { vb_scale / LN_2 * gaussian::d_p_mean(c, output.mean_type) } else { 0.0 };
     let d_log = vb_scale / LN_2 * gaussian::d_log_variance(c, output.var_type);
     let (mut mse, mut vb_nats) = (0.0, 0.0);
     for (pixel, (o, d)) in

@@ -8,6 +8,7 @@ use super::tensor_file::TensorFile;
 use crate::checkpoint::Slot;
 use crate::config::{DiffusionConfig, MeanType, ModelConfig, Schedule, VarType};
 use crate::error::{Error, Result};
+use crate::schedule::sigmoid_betas;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
@@ -173,6 +174,7 @@ fn process(config: &Value, model: &ModelConfig) -> std::result::Result<Diffusion
     let f = Fields(config);
     let diffusion_steps = f.count("num_train_timesteps", 1000)?;
     let noise_schedule = match f.text("beta_schedule", "linear")?.as_str() {
+        _ if let Some(betas) = f.field("trained_betas") => written_out(betas, diffusion_steps)?,
         "linear" => {
             let scale = 1000.0 / diffusion_steps as f64;
             let (start, end) = (f.number("beta_start", 1e-4)?, f.number("beta_end", 0.02)?);
@@ -191,7 +193,8 @@ fn process(config: &Value, model: &ModelConfig) -> std::result::Result<Diffusion
     let mean_type = match f.text("prediction_type", "epsilon")?.as_str() {
         "epsilon" => MeanType::Epsilon,
         "sample" => MeanType::XStart,
-        other => return Err(format!("prediction_type {other:?}: only \"epsilon\" and \"sample\"")),
+        "v_prediction" => MeanType::V,
+        other => return Err(format!("prediction_type {other:?}: only \"epsilon\", \"sample\" and \"v_prediction\"")),
     };
     let var_type = match f.text("variance_type", "fixed_small")?.as_str() {
         _ if model.out_channels == 2 * model.in_channels => VarType::LearnedRange,
@@ -208,6 +211,15 @@ fn process(config: &Value, model: &ModelConfig) -> std::result::Result<Diffusion
         rescale_timesteps,
         ..DiffusionConfig::default()
     })
+}
+
+/// The schedule whose betas a scheduler lists: the sigmoid one, which diffusers knows no name for.
+fn written_out(betas: &Value, steps: usize) -> std::result::Result<Schedule, String> {
+    let betas: Vec<f64> = betas.as_array().into_iter().flatten().filter_map(Value::as_f64).collect();
+    let sigmoid = sigmoid_betas(steps);
+    // Other programs may have kept them as f32.
+    let same = betas.len() == steps && betas.iter().zip(&sigmoid).all(|(a, b)| (a - b).abs() <= 1e-6 * b);
+    if same { Ok(Schedule::Sigmoid) } else { Err("trained_betas: only those of the sigmoid schedule".into()) }
 }
 
 /// What diffusers calls the tensor `name` of the network `m`.
@@ -432,10 +444,16 @@ pub fn scheduler_config(d: &DiffusionConfig) -> Value {
     serde_json::json!({
         "_class_name": "DDPMScheduler",
         "num_train_timesteps": d.diffusion_steps,
-        "beta_schedule": if d.noise_schedule == Schedule::Linear { "linear" } else { "squaredcos_cap_v2" },
+        "beta_schedule": if d.noise_schedule == Schedule::Cosine { "squaredcos_cap_v2" } else { "linear" },
+        // What diffusers calls sigmoid is another schedule, so this one is written out; it goes before the name.
+        "trained_betas": (d.noise_schedule == Schedule::Sigmoid).then(|| sigmoid_betas(d.diffusion_steps)),
         "beta_start": scale * 1e-4,
         "beta_end": scale * 0.02,
-        "prediction_type": if d.mean_type == MeanType::XStart { "sample" } else { "epsilon" },
+        "prediction_type": match d.mean_type {
+            MeanType::XStart => "sample",
+            MeanType::V => "v_prediction",
+            MeanType::Epsilon | MeanType::PreviousX => "epsilon",
+        },
         "variance_type": match d.var_type {
             VarType::FixedSmall => "fixed_small",
             VarType::FixedLarge => "fixed_large",

@@ -9,6 +9,8 @@ mod geometry;
 pub mod launch;
 mod step;
 
+use super::Op;
+use super::group_norm::Parts;
 use super::view::{Cat, Rows, RowsMut};
 use crate::graph::{Graph, Shape, Source, Val};
 
@@ -223,6 +225,8 @@ pub fn backward_weight_cpu(
 pub struct Conv2d {
     /// Result, (n, oh, ow, oc).
     pub y: Val,
+    /// Statistics of its parts, (n, parts, 2, oc), for the norm that follows; see [`Parts`].
+    pub sums: Option<Val>,
     /// Input, possibly in two parts.
     pub x: Source,
     /// Weights, (oc, k, k, c).
@@ -301,8 +305,18 @@ impl Conv2d {
         };
         assert_eq!(shape.c(), ws.c, "conv2d: {} input channels for {}", shape.c(), g[w].name);
         let y = g.activation("conv2d", Shape::new(s.n, shape.oh(), shape.ow(), shape.oc));
-        g.push(Conv2d { y, x, w, b, shift: o.shift, residual: o.residual, shape });
+        g.push(Conv2d { y, sums: None, x, w, b, shift: o.shift, residual: o.residual, shape });
         y
+    }
+
+    /// The statistics of the parts of `y`, which the convolution that makes it is to leave behind; none if none makes it.
+    pub fn sums_of(g: &mut Graph, y: Val) -> Option<(Val, Parts)> {
+        let i = g.steps.iter().rposition(|step| matches!(&step.op, Op::Conv2d(conv) if conv.y == y))?;
+        let Op::Conv2d(conv) = g.steps[i].op.clone() else { return None };
+        let (s, parts) = (conv.shape, Parts::of_conv(&conv.shape));
+        let sums = conv.sums.unwrap_or_else(|| g.arena("sums", Shape::new(s.n, parts.parts(), 2, s.oc)));
+        g.steps[i].op = Conv2d { sums: Some(sums), ..conv }.into();
+        Some((sums, parts))
     }
 }
 

@@ -107,7 +107,7 @@ impl Operation for HybridLoss {
         });
     }
     fn prepare_cuda(&self, g: &Graph) -> Result<Vec<u8>> {
-        Ok(BoundMemory::initial(&self.process, self.objective.output, &self.tiling(g)?))
+        Ok(BoundMemory::initial(&self.process, &self.objective, &self.tiling(g)?))
     }
     fn launch(&self, m: &Launcher) -> Result<()> {
         let (tiling, images) = (self.tiling(m.graph)?, self.images.arg(m));

@@ -85,6 +85,7 @@ impl ReverseRow {
             MeanType::Epsilon => [c.sqrt_recip_alpha_bar, -c.sqrt_recipm1_alpha_bar],
             MeanType::XStart => [0.0, 1.0],
             MeanType::PreviousX => [-c.coef2 / c.coef1, 1.0 / c.coef1],
+            MeanType::V => [c.sqrt_alpha_bar, -c.sqrt_one_minus_alpha_bar],
         };
         let (next, sigma, ratio) = match kind {
             Reverse::Ancestral => {

@@ -4,7 +4,7 @@
 
 use crate::config::{MeanType, VarType};
 use crate::device::driver::{Arg, Ptr};
-use crate::diffusion::Output;
+use crate::diffusion::Objective;
 use crate::error::{Error, Result};
 use crate::graph::{ALIGN, Shape};
 use crate::schedule::{Coefs, Process};
@@ -66,7 +66,7 @@ pub struct BoundRow {
     m: f32,
     c: f32,
     eps_scale: f32,
-    zero: f32,
+    weight: f32,
     k64: f64,
     m64: f64,
     coef1: f64,
@@ -74,7 +74,8 @@ pub struct BoundRow {
 }
 
 impl BoundRow {
-    fn new(c: &Coefs, output: Output) -> Self {
+    fn new(c: &Coefs, objective: &Objective) -> Self {
+        let output = objective.output;
         let sigma = (0.5 * c.log_beta_tilde_clipped).exp();
         let ([a, b], k, m) = match output.mean_type {
             MeanType::Epsilon => ([0.0, 1.0], -c.coef1 * c.sqrt_recipm1_alpha_bar, -c.sqrt_recipm1_alpha_bar),
@@ -82,6 +83,11 @@ impl BoundRow {
             MeanType::PreviousX => {
                 ([c.alpha_bar_prev.sqrt(), c.coef2 * c.sqrt_one_minus_alpha_bar], 1.0, 1.0 / c.coef1)
             }
+            MeanType::V => (
+                [-c.sqrt_one_minus_alpha_bar, c.sqrt_alpha_bar],
+                -c.coef1 * c.sqrt_one_minus_alpha_bar,
+                -c.sqrt_one_minus_alpha_bar,
+            ),
         };
         BoundRow {
             target: [a.into(), b.into()],
@@ -90,7 +96,7 @@ impl BoundRow {
             m: m as f32,
             c: (c.coef1 / sigma) as f32,
             eps_scale: c.sqrt_recipm1_alpha_bar.powi(-2) as f32,
-            zero: 0.0,
+            weight: objective.weight(c) as f32,
             k64: k,
             m64: m,
             coef1: c.coef1,
@@ -99,8 +105,8 @@ impl BoundRow {
     }
 
     /// Every t of a process.
-    pub fn table(process: &Process, output: Output) -> Vec<Self> {
-        (0..process.steps()).map(|t| BoundRow::new(&process.at(t), output)).collect()
+    pub fn table(process: &Process, objective: &Objective) -> Vec<Self> {
+        (0..process.steps()).map(|t| BoundRow::new(&process.at(t), objective)).collect()
     }
 }
 
@@ -181,9 +187,9 @@ impl BoundMemory {
     }
 
     /// The memory as the first run finds it.
-    pub fn initial(process: &Process, output: Output, tiling: &Tiling) -> Vec<u8> {
+    pub fn initial(process: &Process, objective: &Objective, tiling: &Tiling) -> Vec<u8> {
         let [_, _, end] = Self::offsets(process.steps(), tiling);
-        let mut bytes = bytemuck::cast_slice(&BoundRow::table(process, output)).to_vec();
+        let mut bytes = bytemuck::cast_slice(&BoundRow::table(process, objective)).to_vec();
         bytes.resize(end, 0);
         bytes
     }

@@ -14,6 +14,7 @@ use iddpm::ops::view::{Cat, Rows, RowsMut};
 use iddpm::rng::philox;
 
 mod plans;
+mod sums;
 mod traffic;
 
 /// Uniform values in [-1, 1).
@@ -204,7 +205,8 @@ fn kernels(d: &Driver, data: &Data, pass: Pass, t: Types, full: usize) -> Vec<Ve
         Pass::Forward => {
             let (y, shift) = (gpu.nan(data.dy.len()), gpu.act(&data.shift));
             let shift = (shift.offset(first), stride);
-            let f = launch::Forward { y, x, w, bias: gpu.f32(&data.bias), shift, residual: gpu.act(&data.residual) };
+            let residual = gpu.act(&data.residual);
+            let f = launch::Forward { y, x, w, bias: gpu.f32(&data.bias), shift, residual, ..Default::default() };
             launch::forward(d, s, t, full, &f, scratch.ptr()).unwrap();
             vec![gpu.read(y, data.dy.len(), t.half)]
         }

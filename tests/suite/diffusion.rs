@@ -8,7 +8,7 @@ mod walks;
 use iddpm::config::Schedule;
 use iddpm::schedule::{Process, space_timesteps};
 
-/// Processes of both schedules, long and short, one of them respaced.
+/// Processes of every schedule, long and short, one of them respaced.
 fn processes() -> Vec<Process> {
     let mut all = vec![];
     for steps in [25, 100, 1000, 4000] {
@@ -16,6 +16,9 @@ fn processes() -> Vec<Process> {
     }
     for steps in [2, 4, 10, 100, 1000, 4000] {
         all.push(Process::new(Schedule::Cosine, steps).unwrap());
+    }
+    for steps in [2, 10, 1000] {
+        all.push(Process::new(Schedule::Sigmoid, steps).unwrap());
     }
     let base = Process::new(Schedule::Cosine, 4000).unwrap();
     all.push(base.respace(&space_timesteps(4000, "100").unwrap()).unwrap());

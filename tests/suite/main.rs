@@ -3,9 +3,17 @@
 mod bench;
 mod cli;
 #[cfg(feature = "emulator")]
+mod cuda_attention;
+#[cfg(feature = "emulator")]
 mod cuda_conv;
 #[cfg(feature = "emulator")]
+mod cuda_norm;
+#[cfg(feature = "emulator")]
 mod cuda_ops;
+#[cfg(feature = "emulator")]
+mod cuda_small;
+#[cfg(feature = "emulator")]
+mod cuda_step;
 mod data;
 mod device;
 mod diffusion;
@@ -13,10 +21,15 @@ mod driver;
 mod floors;
 mod fuzz;
 mod golden;
+#[cfg(feature = "emulator")]
+mod half;
 mod import;
 mod kernels;
 mod network;
 mod pictures;
+mod reference_cli;
+mod runs;
+mod sampling;
 mod steps;
 mod super_res;
 mod train;

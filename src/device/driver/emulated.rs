@@ -5,7 +5,7 @@
 //! accesses cost. `docs/emulator.md` says what this can show and what not.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use super::library::Library;
@@ -35,6 +35,28 @@ struct State {
     limit: usize,
     used: usize,
     sizes: HashMap<Ptr, usize>,
+    /// Events recorded so far, and how many later ones let one pass.
+    events: u64,
+    lag: u64,
+}
+
+/// A place in the order of events.
+pub struct EmulatedEvent {
+    driver: Arc<EmulatedDriver>,
+    number: u64,
+    at: Instant,
+}
+
+impl EmulatedEvent {
+    /// Whether as many events have followed as [`EmulatedDriver::set_lag`] asks for.
+    pub(super) fn passed(&self) -> bool {
+        let state = self.driver.state();
+        state.events >= self.number + state.lag
+    }
+
+    pub(super) fn elapsed_ms(&self, start: &EmulatedEvent) -> f64 {
+        (self.at - start.at).as_secs_f64() * 1e3
+    }
 }
 
 /// What [`super::Driver::Emulated`] holds.
@@ -62,6 +84,8 @@ impl EmulatedDriver {
             limit: 16 << 30,
             used: 0,
             sizes: HashMap::new(),
+            events: 0,
+            lag: 0,
         };
         Ok(EmulatedDriver { library, state: Mutex::new(state) })
     }
@@ -74,6 +98,12 @@ impl EmulatedDriver {
     /// Pretends that the device has `bytes` of memory (16 GiB at first).
     pub fn set_memory(&self, bytes: usize) {
         self.state().limit = bytes;
+    }
+
+    /// Pretends that an event passes only when `events` later ones have been recorded, as on a device that is behind its host.
+    /// Who waits for it is not kept waiting.
+    pub fn set_lag(&self, events: u64) {
+        self.state().lag = events;
     }
 
     /// Names of all kernels, sorted.
@@ -179,8 +209,12 @@ impl EmulatedDriver {
         Ok(())
     }
 
-    pub(super) fn record(&self) -> Result<Event> {
-        Ok(Event::Emulated(Instant::now()))
+    pub(super) fn record(self: &Arc<Self>) -> Result<Event> {
+        let mut state = self.state();
+        state.events += 1;
+        let number = state.events;
+        drop(state);
+        Ok(Event::Emulated(EmulatedEvent { driver: self.clone(), number, at: Instant::now() }))
     }
 
     // ---- memory ----
@@ -203,12 +237,17 @@ impl EmulatedDriver {
     }
 
     pub(super) fn alloc_host(&self, bytes: usize) -> Result<*mut u8> {
-        Ok(Box::into_raw(vec![0u8; bytes].into_boxed_slice()).cast())
+        // SAFETY: the size is not 0.
+        let host = unsafe { std::alloc::alloc_zeroed(host_layout(bytes)) };
+        if host.is_null() {
+            return Err(Error::Device(format!("no {bytes} bytes of host memory are free: use a smaller --batch-size")));
+        }
+        Ok(host)
     }
 
     pub(super) fn free_host(&self, host: *mut u8, bytes: usize) {
-        // SAFETY: the pair came from alloc_host, which made it of a boxed slice of that length.
-        drop(unsafe { Box::from_raw(std::ptr::slice_from_raw_parts_mut(host, bytes)) });
+        // SAFETY: the pair came from alloc_host, which asked for the same layout.
+        unsafe { std::alloc::dealloc(host, host_layout(bytes)) };
     }
 
     fn refuse_in_capture(&self, what: &str) -> Result<()> {
@@ -260,4 +299,9 @@ impl EmulatedDriver {
     pub(super) fn tensor_map(&self, spec: &TensorMapSpec) -> Result<TensorMap> {
         self.library.tensor_map(spec)
     }
+}
+
+/// Host memory starts at a page, as pinned memory does.
+fn host_layout(bytes: usize) -> std::alloc::Layout {
+    std::alloc::Layout::from_size_align(bytes.max(1), 4096).expect("fewer bytes than an address counts")
 }

@@ -61,6 +61,7 @@ pub struct ConvGemm {
     pub add: [Ptr; 2],
     pub shift: Ptr,
     pub bias: Ptr,
+    pub sums: Ptr,
     a_channels: [i32; 2],
     out_channels: [i32; 2],
     rows: i32,
@@ -79,7 +80,7 @@ pub struct ConvGemm {
     by_width: FastDiv,
     by_channels: FastDiv,
     taps: [Tap; MAX_TAPS],
-    unused: u32,
+    pub phase_parts: i32,
 }
 
 impl<'a> From<&'a ConvGemm> for Arg<'a> {

@@ -1,7 +1,7 @@
 //! hybrid_loss and vb_terms against the f64 specification, for every objective.
 
 use super::*;
-use iddpm::config::{FirstStep, LossType};
+use iddpm::config::{FirstStep, LossType, LossWeight};
 use iddpm::diffusion::gaussian::{self, q_sample_value};
 use iddpm::diffusion::loss::bound_term;
 use iddpm::diffusion::{Objective, bound_terms, clip, loss_and_grad};
@@ -146,7 +146,8 @@ impl Rig {
             }
             let stride = self.objective.output.channels(channels);
             // Where out is its target, and in the tails of the bins, the specification's differences keep f64 noise, below 1e-11 of a gradient of size 1.
-            let unit = 2.0 * self.objective.mse_scale() + self.objective.vb_scale(c.steps) / LN_2;
+            let unit =
+                2.0 * self.objective.mse_scale() * self.objective.weight(c) + self.objective.vb_scale(c.steps) / LN_2;
             let noise = unit * scale.abs() / x_0.len() as f64 * 1e-11;
             for (o, &want) in want_d.iter().enumerate() {
                 let got = d_out[n * out.len() + o];
@@ -226,7 +227,12 @@ impl Rig {
 fn objectives() -> impl Iterator<Item = Objective> {
     outputs().flat_map(|output| {
         LOSSES.into_iter().flat_map(move |loss_type| {
-            [FirstStep::Nll, FirstStep::Kl].map(|first_step| Objective { output, loss_type, first_step })
+            [FirstStep::Nll, FirstStep::Kl].map(|first_step| Objective {
+                output,
+                loss_type,
+                first_step,
+                weight: LossWeight::Uniform,
+            })
         })
     })
 }
@@ -239,6 +245,19 @@ fn hybrid_loss_matches_the_specification() {
             let (size, eps) = (SIZES[(k + p) % 4], [Eps::Drawn, Eps::PerImage, Eps::Stored][(k / 4 + p) % 3]);
             for half in [false, true] {
                 rig(half, size, objective, process, eps, None).check_loss();
+            }
+        }
+    }
+}
+
+/// Weights of the squared error at the ends of the process and on both sides of their bend.
+#[test]
+fn weighted_losses_match_the_specification() {
+    for process in processes() {
+        for output in outputs().filter(|o| matches!(o.var_type, VarType::FixedLarge | VarType::LearnedRange)) {
+            for gamma in [0.5, 5.0] {
+                let objective = Objective { output, weight: LossWeight::MinSnr(gamma), ..HYBRID };
+                rig(false, [5, 7, 3], objective, &process, Eps::Drawn, None).check_loss();
             }
         }
     }
@@ -262,6 +281,7 @@ const HYBRID: Objective = Objective {
     output: Output { mean_type: MeanType::Epsilon, var_type: VarType::LearnedRange },
     loss_type: LossType::RescaledMse,
     first_step: FirstStep::Nll,
+    weight: LossWeight::Uniform,
 };
 
 /// 9 bytes per element with drawn noise, 11 with stored: x_t is not needed.

@@ -2,7 +2,7 @@
 
 use std::f64::consts::LN_2;
 
-use iddpm::config::{FirstStep, LossType, MeanType, Schedule, VarType};
+use iddpm::config::{FirstStep, LossType, LossWeight, MeanType, Schedule, VarType};
 use iddpm::diffusion::gaussian::{self, q_sample_value};
 use iddpm::diffusion::likelihood::{log_likelihood, normal_cdf, normal_kl};
 use iddpm::diffusion::loss::bound_term;
@@ -12,7 +12,7 @@ use proptest::prelude::*;
 
 use super::processes;
 
-const MEANS: [MeanType; 3] = [MeanType::Epsilon, MeanType::XStart, MeanType::PreviousX];
+const MEANS: [MeanType; 4] = [MeanType::Epsilon, MeanType::XStart, MeanType::PreviousX, MeanType::V];
 const VARIANCES: [VarType; 4] = [VarType::FixedSmall, VarType::FixedLarge, VarType::Learned, VarType::LearnedRange];
 const LOSSES: [LossType; 4] = [LossType::Mse, LossType::RescaledMse, LossType::Kl, LossType::RescaledKl];
 
@@ -39,6 +39,44 @@ fn a_perfect_network_has_no_loss() {
     }
 }
 
+/// Whatever is predicted, min-SNR is one weight of the squared error of x_0: that of the same prediction said in other words.
+#[test]
+fn min_snr_weighs_the_error_of_x_0() {
+    let close = |a: f64, b: f64| (a - b).abs() <= 1e-9 * b.abs();
+    for p in processes() {
+        for t in (0..p.steps()).step_by(p.steps().div_ceil(40)) {
+            let c = p.at(t);
+            let snr = c.alpha_bar / (1.0 - c.alpha_bar);
+            let (x_0, eps, off) = (0.3, -1.2, 1e-3);
+            let x_t = q_sample_value(&c, x_0, eps);
+            for gamma in [0.01, 5.0, 1e9] {
+                for mean_type in MEANS {
+                    let o = Objective {
+                        weight: LossWeight::MinSnr(gamma),
+                        ..objective(mean_type, VarType::FixedLarge, LossType::Mse, FirstStep::Nll)
+                    };
+                    let out = gaussian::target(&c, mean_type, x_0, x_t, eps) + off;
+                    // The prediction is linear in the output: a difference of 1 away from rounding.
+                    let slope = gaussian::predict_x_0(&c, mean_type, 0.0, 1.0);
+                    let weighted = o.weight(&c) * off * off;
+                    assert!(close(weighted, snr.min(gamma) * (slope * off).powi(2)), "{mean_type:?} t = {t} {gamma}");
+                    let mut d = [f32::NAN];
+                    let (x_0, eps, out) = (x_0 as f32, eps as f32, out as f32);
+                    let terms = loss_and_grad(&o, &c, 1, 1.0, &mut d, &[x_0], &[eps], &[out]);
+                    assert!(close(terms.loss, o.weight(&c) * terms.mse), "{mean_type:?} t = {t}");
+                }
+            }
+        }
+    }
+    // Where nothing of the image is left the noise keeps its weight of 1, the others fade out.
+    let end = Process::new(Schedule::Linear, 20).unwrap().at(19);
+    let at = |mean_type| {
+        let o = objective(mean_type, VarType::FixedLarge, LossType::Mse, FirstStep::Nll);
+        Objective { weight: LossWeight::MinSnr(5.0), ..o }.weight(&end)
+    };
+    assert_eq!([MeanType::Epsilon, MeanType::XStart, MeanType::V].map(at), [1.0, 0.0, 0.0]);
+}
+
 #[test]
 fn prior_term_is_small_and_positive() {
     let p = Process::new(Schedule::Cosine, 1000).unwrap();
@@ -47,17 +85,21 @@ fn prior_term_is_small_and_positive() {
 }
 
 fn objective(mean_type: MeanType, var_type: VarType, loss_type: LossType, first_step: FirstStep) -> Objective {
-    Objective { output: Output { mean_type, var_type }, loss_type, first_step }
+    Objective { output: Output { mean_type, var_type }, loss_type, first_step, weight: LossWeight::Uniform }
 }
 
-/// Every objective there is.
+/// Every objective there is; those with a squared error with both kinds of weight.
 fn objectives() -> impl Iterator<Item = Objective> {
-    MEANS.into_iter().flat_map(|mean| {
+    let plain = MEANS.into_iter().flat_map(|mean| {
         VARIANCES.into_iter().flat_map(move |var| {
             LOSSES.into_iter().flat_map(move |loss| {
                 [FirstStep::Nll, FirstStep::Kl].into_iter().map(move |first| objective(mean, var, loss, first))
             })
         })
+    });
+    plain.flat_map(|o| {
+        let weighted = (o.mse_scale() != 0.0).then_some(Objective { weight: LossWeight::MinSnr(2.0), ..o });
+        [o].into_iter().chain(weighted)
     })
 }
 
@@ -67,7 +109,7 @@ fn loss_parts(o: &Objective, c: &Coefs, x: [f64; 3], out: (f64, f64)) -> (f64, f
     let error = out.0 - gaussian::target(c, o.output.mean_type, x_0, x_t, eps);
     let vb_scale = o.vb_scale(c.steps);
     let vb = if vb_scale == 0.0 { 0.0 } else { vb_scale * bound_term(o, c, x_0, x_t, out, |x| x).0.value / LN_2 };
-    (o.mse_scale() * error * error, vb)
+    (o.mse_scale() * o.weight(c) * error * error, vb)
 }
 
 /// Derivative of `f` at `x`: two central differences and Richardson's step, so the error is O(h⁴) of a smooth f.

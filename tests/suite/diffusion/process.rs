@@ -1,6 +1,6 @@
 //! The forward process, its tables, its refusals, its respacing.
 
-use iddpm::config::{DiffusionConfig, Schedule};
+use iddpm::config::{DiffusionConfig, MeanType, Schedule};
 use iddpm::diffusion::gaussian::{self, q_sample_value};
 use iddpm::schedule::{Process, space_timesteps};
 use proptest::prelude::*;
@@ -15,6 +15,25 @@ fn alpha_bar_falls_from_below_one_to_above_zero() {
         assert_eq!((p.alpha_bar_prev[0], p.alpha_bar_next[p.steps() - 1]), (1.0, 0.0));
         assert_eq!(p.alpha_bar_prev[1..], p.alpha_bar[..p.steps() - 1]);
     }
+}
+
+/// alpha_bar of the sigmoid schedule by another form of the logistic, and by its symmetry about the middle.
+#[test]
+fn sigmoid_alpha_bar_is_the_closed_form() {
+    let steps = 1000;
+    let p = Process::new(Schedule::Sigmoid, steps).unwrap();
+    let s = |x: f64| 0.5 * (1.0 + (0.5 * x).tanh());
+    for t in 0..steps - 1 {
+        let u = (t + 1) as f64 / steps as f64;
+        let truth = (s(3.0) - s(6.0 * u - 3.0)) / (s(3.0) - s(-3.0));
+        // A product of as many factors, each with a rounding; near the end 1 - beta cancels.
+        assert!((p.alpha_bar[t] - truth).abs() <= 1e-12 * truth + 1e-15, "t = {t}: {} {truth}", p.alpha_bar[t]);
+        if t + 1 < steps / 2 {
+            assert!((p.alpha_bar[t] + p.alpha_bar[steps - 2 - t] - 1.0).abs() <= 1e-12, "t = {t}");
+        }
+    }
+    assert!((p.alpha_bar[steps / 2 - 1] - 0.5).abs() <= 1e-12);
+    assert_eq!(*p.beta.last().unwrap(), 0.999);
 }
 
 /// The posterior is the product of q(x_t | x_{t-1}) and q(x_{t-1} | x_0), normalised: precisions and weighted means add.
@@ -51,6 +70,8 @@ fn predictions_of_x_0_undo_each_other() {
             let allowed = 1e-12 * (1.0 + c.sqrt_recip_alpha_bar) / c.sqrt_one_minus_alpha_bar;
             assert!((gaussian::x_0_from_eps(&c, x_t, eps) - x_0).abs() <= allowed, "t = {t}");
             assert!((gaussian::eps_from_x_0(&c, x_t, x_0) - eps).abs() <= allowed, "t = {t}");
+            let v = gaussian::target(&c, MeanType::V, x_0, x_t, eps);
+            assert!((gaussian::x_0_from_v(&c, x_t, v) - x_0).abs() <= 1e-14, "t = {t}");
             let x_prev = gaussian::q_posterior_mean(&c, x_0, x_t);
             let back = gaussian::x_0_from_x_prev(&c, x_t, x_prev);
             assert!((back - x_0).abs() <= 1e-12 * (1.0 + 1.0 / c.coef1), "t = {t}: {back}");

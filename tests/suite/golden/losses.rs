@@ -1,6 +1,6 @@
 //! Kind 04_losses: every training loss and its gradient with respect to the raw network output.
 
-use iddpm::config::{FirstStep, LossType};
+use iddpm::config::{FirstStep, LossType, LossWeight};
 use iddpm::diffusion::{Objective, loss_and_grad, to_unit};
 use iddpm::schedule::Process;
 
@@ -22,7 +22,8 @@ pub fn check(file: &VectorFile) {
         assert_eq!(pixels, file.get(&format!("{name}/x_start")).values, "{name}: x_start of its bytes");
         for (combo, output) in outputs(file, name) {
             for (loss, loss_type) in LOSSES {
-                let objective = Objective { output, loss_type, first_step: FirstStep::Nll };
+                let objective =
+                    Objective { output, loss_type, first_step: FirstStep::Nll, weight: LossWeight::Uniform };
                 one(file, name, &format!("{name}/{combo}"), loss, &objective, &process);
             }
         }

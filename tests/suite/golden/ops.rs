@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use iddpm::config::{FirstStep, LossType, TimestepSampler};
+use iddpm::config::{FirstStep, LossType, LossWeight, TimestepSampler};
 use iddpm::device::{Device, Plan, PlanId};
 use iddpm::diffusion::{Objective, Output};
 use iddpm::graph::{DType, Graph, Region, Shape, Val};
@@ -211,7 +211,8 @@ fn losses(file: &VectorFile, device: &dyn Fn() -> Device) {
         let process = Arc::new(process(case));
         for (combo, output) in outputs(file, name) {
             for (loss, loss_type) in LOSSES {
-                let objective = Objective { output, loss_type, first_step: FirstStep::Nll };
+                let objective =
+                    Objective { output, loss_type, first_step: FirstStep::Nll, weight: LossWeight::Uniform };
                 one_loss(file, name, &format!("{name}/{combo}"), loss, objective, &process, device);
             }
         }
@@ -269,7 +270,12 @@ fn bound(file: &VectorFile, device: &dyn Fn() -> Device) {
         let (x_0, noise) = (file.get(&format!("{name}/x_start")), file.get(&format!("{name}/noise")));
         let (steps, images) = (process.steps(), shape(x_0));
         let s = Shape { n: images.n * steps, ..images };
-        let objective = Objective { output: output(case), loss_type: LossType::Kl, first_step: FirstStep::Nll };
+        let objective = Objective {
+            output: output(case),
+            loss_type: LossType::Kl,
+            first_step: FirstStep::Nll,
+            weight: LossWeight::Uniform,
+        };
         let (mut index, mut t, mut eps, mut outs) = (vec![], vec![], vec![], vec![]);
         for n in 0..images.n {
             for call in 0..steps {

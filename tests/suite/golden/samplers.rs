@@ -2,7 +2,7 @@
 //!
 //! `out[o] = Σ_c (A[o,c] + τ B[o,c]) x[c] + b[o] + τ s[o]` at every pixel, τ = the time told to the network / tdiv.
 
-use iddpm::config::{FirstStep, LossType};
+use iddpm::config::{FirstStep, LossType, LossWeight};
 use iddpm::diffusion::{Objective, Output, bound_terms, clip, ddim, ddim_reverse, p_sample, prior_bpd, q_sample};
 use iddpm::schedule::Process;
 use serde_json::Value;
@@ -92,7 +92,12 @@ pub fn bound(file: &VectorFile) {
     for (name, case) in &file.cases {
         let process = process(case);
         let model = StandIn::of(file, name, case);
-        let objective = Objective { output: output(case), loss_type: LossType::Kl, first_step: FirstStep::Nll };
+        let objective = Objective {
+            output: output(case),
+            loss_type: LossType::Kl,
+            first_step: FirstStep::Nll,
+            weight: LossWeight::Uniform,
+        };
         let (x_0, noise) = (file.get(&format!("{name}/x_start")), file.get(&format!("{name}/noise")));
         let channels = x_0.shape[1];
         let (mut vb, mut x_0_mse, mut mse, mut prior, mut total) = (vec![], vec![], vec![], vec![], vec![]);

@@ -2,7 +2,7 @@
 
 use iddpm::config::Schedule;
 use iddpm::error::Error;
-use iddpm::schedule::{Process, cosine_betas, linear_betas, space_timesteps};
+use iddpm::schedule::{Process, cosine_betas, linear_betas, sigmoid_betas, space_timesteps};
 use serde_json::Value;
 
 use super::vectors::{VectorFile, process, schedule, spec};
@@ -40,6 +40,7 @@ pub fn schedules(file: &VectorFile) {
         let betas = match schedule(case) {
             Schedule::Linear => linear_betas(steps),
             Schedule::Cosine => cosine_betas(steps),
+            Schedule::Sigmoid => sigmoid_betas(steps),
         };
         file.compare(&format!("{name}/betas"), &betas);
         if !matches!(Process::new(schedule(case), steps), Err(Error::Config(_))) {
