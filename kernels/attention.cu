@@ -61,9 +61,9 @@ template <class Tile> DEV void attention_forward(bf16* out, float* lse, const bf
     }
 // Up to 16 tokens: four heads a block. From 65 on: twice the queries a block, where that still gives enough blocks.
 #define FORWARDS(D, BLOCKS, BLOCKS_128) FORWARD(16, D, 1, 4, BLOCKS) FORWARD(64, D, 4, 1, BLOCKS) FORWARD(128, D, 8, 1, BLOCKS_128)
-FORWARDS(32, 4, 2)
-FORWARDS(64, 4, 1)
+FORWARDS(32, 4, 1)
+FORWARDS(64, 3, 1)
 FORWARDS(96, 3, 1)
-FORWARDS(128, 3, 1)
+FORWARDS(128, 2, 1)
 FORWARDS(144, 2, 1)
 FORWARDS(192, 1, 1)

@@ -15,20 +15,20 @@ struct Attention {
     int32_t unused;
 };
 
-// The rows of one head in a tensor, one per token.
+// The rows of one head in a tensor, one per token; an image has at most 2^30 elements.
 template <class T> struct HeadRows {
     T* p;
-    int64_t stride;
+    int stride;
     DEV T* row(int i) const { return p + i * stride; }
 };
 enum Part { Q, K, V };
 template <class T> DEV HeadRows<T> qkv_rows(T* qkv, const Attention& s, int pair, Part part) {
-    int64_t stride = int64_t(3) * s.heads * s.d;
-    return {qkv + pair / s.heads * (s.tokens * stride) + int64_t(pair % s.heads) * s.head_step + int64_t(part) * s.part_step, stride};
+    int stride = 3 * s.heads * s.d;
+    return {qkv + int64_t(pair / s.heads) * (s.tokens * stride) + pair % s.heads * s.head_step + part * s.part_step, stride};
 }
 template <class T> DEV HeadRows<T> out_rows(T* out, const Attention& s, int pair) {
-    int64_t stride = int64_t(s.heads) * s.d;
-    return {out + pair / s.heads * (s.tokens * stride) + pair % s.heads * s.d, stride};
+    int stride = s.heads * s.d;
+    return {out + int64_t(pair / s.heads) * (s.tokens * stride) + pair % s.heads * s.d, stride};
 }
 
 // Element of a tile where 16-byte chunk `chunk` of row `row` lies: eight rows of one chunk, and eight chunks in a row, have eight bank groups.
@@ -114,7 +114,7 @@ template <int LANES> struct OnlineSoftmax {
             for (int j = 0; j < N; j++) largest = fmaxf(largest, fmaxf(s[j][2 * r], s[j][2 * r + 1]));
 #pragma unroll
             for (int x = 1; x < LANES; x *= 2) largest = fmaxf(largest, __shfl_xor_sync(FULL_MASK, largest, x));
-            float shrink = exp2f((max[r] - largest) * scale);
+            float shrink = exp2_approx((max[r] - largest) * scale);
             max[r] = largest, base[r] = largest * scale, sum[r] *= shrink;
 #pragma unroll
             for (int j = 0; j < A; j++) acc[j][2 * r] *= shrink, acc[j][2 * r + 1] *= shrink;
@@ -123,7 +123,7 @@ template <int LANES> struct OnlineSoftmax {
         for (int j = 0; j < N; j++)
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                s[j][e] = exp2f(__fmaf_rn(s[j][e], scale, -base[e / 2]));
+                s[j][e] = exp2_approx(__fmaf_rn(s[j][e], scale, -base[e / 2]));
                 sum[e / 2] += s[j][e];
             }
     }

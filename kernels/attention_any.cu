@@ -68,6 +68,8 @@ DEV void backward_by_slices(typename E::T* dqkv, const typename E::T* dout, cons
         auto v = b2;
         b2 = a2, a2 = v;
     }
+    auto summed = b1;
+    if (at.kind == 2) summed = b2;
     lse += int64_t(at.pair) * s.tokens, delta += int64_t(at.pair) * s.tokens;
     float acc[E::RESULTS][4] = {};
     for (int passing = 0; passing < s.tokens; passing += E::COLS) {
@@ -80,10 +82,10 @@ DEV void backward_by_slices(typename E::T* dqkv, const typename E::T* dout, cons
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 int query = min(at.kind == 0 ? at.first + e.row(i / 2) : passing + e.column(j, i), s.tokens - 1);
-                p[j][i] = exp2f((p[j][i] * s.scale - lse[query]) * LOG2_E);
+                p[j][i] = exp2_approx((p[j][i] * s.scale - lse[query]) * LOG2_E);
                 if (at.kind < 2) p[j][i] *= ds[j][i] - delta[query];
             }
-        e.accumulate(acc, p, at.kind < 2 ? b1 : b2, passing, at.channel, s);
+        e.accumulate(acc, p, summed, passing, at.channel, s);
     }
     float factor = at.kind < 2 ? s.scale : 1.0f, factors[2] = {factor, factor};
     store_slice(e, acc, factors, qkv_rows(dqkv, s, at.pair, at.kind == 0 ? Q : at.kind == 1 ? K : V), at, s);

@@ -43,7 +43,7 @@ template <class Tile, Sums SUMS> struct AttentionGradient {
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 float l = BY_KEYS ? passing[8 * j + e % 2] : row[0][e / 2];
-                p[j][e] = exp2f((p[j][e] * s.scale - l) * LOG2_E);
+                p[j][e] = exp2_approx((p[j][e] * s.scale - l) * LOG2_E);
                 if (WANTS_DS) ds[j][e] = p[j][e] * (ds[j][e] - (BY_KEYS ? passing[STREAM + 8 * j + e % 2] : row[1][e / 2]));
             }
     }
@@ -114,7 +114,7 @@ template <class Tile, Sums SUMS> DEV void attention_gradient(const GradientTenso
 
 // Blocks of a group of heads: KINDS * tiles.
 template <class Tile> DEV void attention_backward(const GradientTensors& t, const Attention& s) {
-    constexpr bool APART = Tile::D > 128;
+    constexpr bool APART = Tile::D >= 128;
     constexpr int KINDS = APART ? 3 : 2;
     int tiles = (s.tokens + Tile::ROWS - 1) / Tile::ROWS;
     int tile = blockIdx.x % tiles, kind = blockIdx.x / tiles % KINDS, pair = blockIdx.x / tiles / KINDS * Tile::TEAMS;
@@ -131,11 +131,11 @@ template <class Tile> DEV void attention_backward(const GradientTensors& t, cons
     extern "C" __global__ void __launch_bounds__(32 * WARPS * TEAMS, BLOCKS) attention_backward_##ROWS##x##D(         \
         bf16* __restrict__ dqkv, const bf16* __restrict__ dout, const bf16* __restrict__ qkv,                         \
         const float* __restrict__ lse, const float* __restrict__ delta, const __grid_constant__ Attention s) {        \
-        attention_backward<AttentionTile<D, WARPS, TEAMS, 32>>({dqkv, dout, qkv, lse, delta}, s);                         \
+        attention_backward<AttentionTile<D, WARPS, TEAMS, D <= 144 ? 32 : 16>>({dqkv, dout, qkv, lse, delta}, s);                         \
     }
 #define BACKWARDS(D, BLOCKS) BACKWARD(16, D, 1, 4, BLOCKS) BACKWARD(64, D, 4, 1, BLOCKS)
 BACKWARDS(32, 3)
-BACKWARDS(64, 3)
+BACKWARDS(64, 2)
 BACKWARDS(96, 2)
 BACKWARDS(128, 2)
 BACKWARDS(144, 2)

@@ -9,33 +9,37 @@
 
 constexpr int BATCH = 4;  // rows that a thread has under way
 
-// u = (x - mean) gain + offset of N channels.
-template <int N> struct Affine {
-    float mean[N], gain[N], offset[N];
-    template <class T> DEV void load(const Norm& p, const Statistics& s, int n, int c, int first_group, T) {
-#pragma unroll
-        for (int e = 0; e < N; e++) {
-            int g = (c + e) / p.width - first_group;
-            float2 rows = scale_shift<T>(p, n, c + e);
-            mean[e] = s.mean[g];
-            gain[e] = s.rstd[g] * p.gamma[c + e] * rows.x;
-            offset[e] = p.beta[c + e] * rows.x + rows.y - s.rest[g] * gain[e];
+// u = (x - mean) gain + offset of the channels of a slab, in shared memory.
+struct Affine {
+    float *mean, *gain, *offset;
+    DEV Affine(float* at, int slab) : mean(at), gain(at + slab), offset(at + 2 * slab) {}
+    template <class T> DEV void fill(const Norm& p, const Statistics& s, int n, int c0, int count, T) const {
+        for (int i = threadIdx.x; i < count; i += THREADS) {
+            int g = i / p.width;
+            float2 rows = scale_shift<T>(p, n, c0 + i);
+            mean[i] = s.mean[g];
+            gain[i] = s.rstd[g] * p.gamma[c0 + i] * rows.x;
+            offset[i] = p.beta[c0 + i] * rows.x + rows.y - s.rest[g] * gain[i];
         }
     }
 };
 
 template <class T, int N> DEV void apply(T* y, const Norm& p) {
+    SMEM_DYN(shared);
     SMEM(Statistics, statistics, [1]);
+    Affine affine(shared.take<float>(3 * p.slab), p.slab);
     for (int64_t item = blockIdx.x; item < int64_t(p.n) * p.slabs * p.chunks; item += gridDim.x) {
         int chunk = int(item % p.chunks), slab = int(item / p.chunks % p.slabs), n = int(item / p.chunks / p.slabs);
-        int c0 = slab * p.slab, count = min(p.slab, p.c() - c0), first_group = c0 / p.width;
-        finish(statistics[0], p, n, first_group, count / p.width, chunk == 0);
+        int c0 = slab * p.slab, count = min(p.slab, p.c() - c0);
+        finish(statistics[0], p, n, c0 / p.width, count / p.width, chunk == 0);
         __syncthreads();
-        int vectors = count / N, rows = THREADS / vectors, c = c0 + int(threadIdx.x) % vectors * N;
+        affine.fill(p, statistics[0], n, c0, count, T());
+        __syncthreads();
+        int vectors = count / N, rows = THREADS / vectors, v = int(threadIdx.x) % vectors * N, c = c0 + v;
         int end = min(p.s, (chunk + 1) * p.chunk_rows), first = chunk * p.chunk_rows + int(threadIdx.x) / vectors;
         if (int(threadIdx.x) / vectors >= rows) first = end;
-        Affine<N> f;
-        f.load(p, statistics[0], n, c, first_group, T());
+        float mean[N], gain[N], offset[N];
+        fetch(mean, affine.mean + v), fetch(gain, affine.gain + v), fetch(offset, affine.offset + v);
         Mask mask(p, n);
         Column<T, N> from(p, p.x[0], p.x[1], n, c), to(p, y, n, c);
         for (int r = first; r < end; r += BATCH * rows) {
@@ -52,14 +56,14 @@ template <class T, int N> DEV void apply(T* y, const Norm& p) {
                 Vec<T, N> out;
 #pragma unroll
                 for (int e = 0; e < N; e++) {
-                    float u = fmaf(to_float(in[i][e]) - f.mean[e], f.gain[e], f.offset[e]);
+                    float u = fmaf(to_float(in[i][e]) - mean[e], gain[e], offset[e]);
                     if (p.silu) u *= sigmoid(u);
                     out[e] = from_float<T>(u * keep[e]);
                 }
                 to.row(row) = out;
             }
         }
-        __syncthreads();  // the statistics are overwritten next
+        __syncthreads();  // what is in shared memory is overwritten next
     }
 }
 
@@ -85,8 +89,7 @@ template <class T, int N> DEV void sums(float* to, const T* x, const Parts& part
             total[i] = sum;
         }
         __syncthreads();
-#pragma unroll
-        for (int e = 0; e < N; e++) v[e] = total[lanes.v * N + e];
+        fetch(v, total + lanes.v * N);
     };
     for (int64_t item = blockIdx.x; item < int64_t(images) * parts.parts * slabs; item += gridDim.x) {
         int slab = int(item % slabs), part = int(item / slabs % parts.parts), n = int(item / slabs / parts.parts);

@@ -49,10 +49,23 @@ template <class T> DEV float2 scale_shift(const Norm& p, int n, int c) {
     return make_float2(1.0f + to_float(row[c]), to_float(row[p.c() + c]));
 }
 
+// N floats of shared memory, 16 bytes at a time.
+template <int N> DEV void fetch(float (&to)[N], const float* from) {
+    if constexpr (N == 1) {
+        to[0] = from[0];
+    } else {
+#pragma unroll
+        for (int e = 0; e < N; e += 4) {
+            Vec<float, 4> quad = *reinterpret_cast<const Vec<float, 4>*>(from + e);
+            for (int k = 0; k < 4; k++) to[e + k] = quad[k];
+        }
+    }
+}
+
 // N neighbouring channels of an image, from channel c on: those of pixel r begin at `at + r * stride`.
 template <class T, int N> struct Column {
     T* at;
-    int64_t stride;
+    int stride;
     // Of one tensor of all channels.
     DEV Column(const Norm& p, const void* y, int n, int c) : stride(p.c()) { at = first(y) + int64_t(n) * p.s * stride + c; }
     // Of two side by side; no address for no tensor.
@@ -63,7 +76,7 @@ template <class T, int N> struct Column {
         if (at) at += int64_t(n) * p.s * stride + c - (source ? p.channels[0] : 0);
     }
     DEV static T* first(const void* x) { return static_cast<T*>(const_cast<void*>(x)); }
-    DEV Vec<T, N>& row(int r) const { return *reinterpret_cast<Vec<T, N>*>(at + r * stride); }
+    DEV Vec<T, N>& row(int r) const { return *reinterpret_cast<Vec<T, N>*>(at + int64_t(r) * stride); }
 };
 
 // f(pixels, mean, squares) for the parts of group g of image n: those of this lane.

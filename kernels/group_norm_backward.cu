@@ -20,22 +20,28 @@ struct NormGradient {
     int32_t parts, part_rows;
 };
 
-// N channels: h = (x - mean) rstd, u = h gain + offset.
-template <int N> struct Slope {
-    float mean[N], rstd[N], gain[N], offset[N];
-    template <class T> DEV void load(const Norm& p, int n, int c, T) {
-#pragma unroll
-        for (int e = 0; e < N; e++) {
-            int64_t g = int64_t(n) * p.groups + (c + e) / p.width;
-            float2 rows = scale_shift<T>(p, n, c + e);
-            mean[e] = p.mean[g], rstd[e] = p.rstd[g];
-            gain[e] = p.gamma[c + e] * rows.x, offset[e] = p.beta[c + e] * rows.x + rows.y;
+// u = (x - mean) gain + offset, gain = rstd k, of the channels of a slab, in shared memory.
+struct Slopes {
+    float *mean, *rstd, *gain, *offset;
+    DEV Slopes(float* at, int slab) : mean(at), rstd(at + slab), gain(at + 2 * slab), offset(at + 3 * slab) {}
+    template <class T> DEV void fill(const Norm& p, int n, int c0, int count, T) const {
+        for (int i = threadIdx.x; i < count; i += THREADS) {
+            int64_t g = int64_t(n) * p.groups + (c0 + i) / p.width;
+            float2 rows = scale_shift<T>(p, n, c0 + i);
+            mean[i] = p.mean[g], rstd[i] = p.rstd[g];
+            gain[i] = p.rstd[g] * p.gamma[c0 + i] * rows.x, offset[i] = p.beta[c0 + i] * rows.x + rows.y;
         }
     }
-    DEV float h(int e, float x) const { return (x - mean[e]) * rstd[e]; }
-    DEV float dz(const Norm& p, int e, float h, float dy) const {
+};
+
+// Those of N channels.
+template <int N> struct Slope {
+    float mean[N], gain[N], offset[N];
+    DEV Slope(const Slopes& s, int v) { fetch(mean, s.mean + v), fetch(gain, s.gain + v), fetch(offset, s.offset + v); }
+    // From x - mean.
+    DEV float dz(const Norm& p, int e, float d, float dy) const {
         if (!p.silu) return dy;
-        float u = fmaf(h, gain[e], offset[e]), s = sigmoid(u);
+        float u = fmaf(d, gain[e], offset[e]), s = sigmoid(u);
         return dy * s * (1.0f + u * (1.0f - s));
     }
 };
@@ -50,14 +56,12 @@ template <class T, int N> DEV void drop(Vec<T, N>& dy, const Norm& p, const Mask
         if (keep[e] == 0.0f) dy[e] = from_float<T>(0.0f);
 }
 
-// rstd mean(k dz) and rstd mean(k dz h), side by side, of the slab's groups, from `sums` (2, count) of its channels.
-template <class T> DEV void group_means(float* means, const Norm& p, const float* sums, int n, int c0, int count) {
+// rstd mean(k dz) and rstd² mean(k dz h), side by side, of the slab's groups, from `sums` (2, count) of its channels.
+DEV void group_means(float* means, const Norm& p, const Slopes& slopes, const float* sums, int count) {
     for (int i = threadIdx.x; i < 2 * (count / p.width); i += THREADS) {
-        int which = i % 2, g = i / 2;
         float sum = 0.0f;
-        for (int j = g * p.width; j < (g + 1) * p.width; j++)
-            sum += p.gamma[c0 + j] * scale_shift<T>(p, n, c0 + j).x * sums[which * count + j];
-        means[i] = p.rstd[int64_t(n) * p.groups + c0 / p.width + g] * sum * float(p.per_element);
+        for (int j = i / 2 * p.width; j < (i / 2 + 1) * p.width; j++) sum = fmaf(slopes.gain[j], sums[i % 2 * count + j], sum);
+        means[i] = (i % 2 ? slopes.rstd[i / 2 * p.width] : 1.0f) * sum * float(p.per_element);
     }
 }
 
@@ -68,8 +72,8 @@ DEV Vec<T, N> gradient(const NormGradient& p, const Slope<N>& f, const float (&m
     Vec<T, N> out;
 #pragma unroll
     for (int e = 0; e < N; e++) {
-        float h = f.h(e, to_float(x[e])), dz = f.dz(p.f, e, h, p.f.keep * to_float(dy[e]));
-        out[e] = from_float<T>(fmaf(f.rstd[e] * f.gain[e], dz, -fmaf(h, m[1][e], m[0][e])) + to_float(add[e]));
+        float d = to_float(x[e]) - f.mean[e], dz = f.dz(p.f, e, d, p.f.keep * to_float(dy[e]));
+        out[e] = from_float<T>(fmaf(f.gain[e], dz, -fmaf(d, m[1][e], m[0][e])) + to_float(add[e]));
     }
     return out;
 }
@@ -91,12 +95,14 @@ template <class T, int N> DEV void resident(const NormGradient& p) {
     Vec<T, N>* ds = shared.take<Vec<T, N>>(size_t(f.s) * f.slab / N);
     float* warps = shared.take<float>(WARPS * 2 * f.slab);
     float* means = shared.take<float>(2 * f.slab / f.width);
+    Slopes slopes(shared.take<float>(4 * f.slab), f.slab);
     for (int64_t item = blockIdx.x; item < int64_t(f.n) * f.slabs; item += gridDim.x) {
         int slab = int(item % f.slabs), n = int(item / f.slabs), c0 = slab * f.slab, count = min(f.slab, f.c() - c0);
+        slopes.fill(f, n, c0, count, T());
+        __syncthreads();
         WarpRows lanes(count / N);
         int c = c0 + lanes.v * N, first = lanes.active ? lanes.first() : f.s, step = lanes.step();
-        Slope<N> slope;
-        slope.load(f, n, c, T());
+        Slope<N> slope(slopes, lanes.v * N);
         Mask mask(f, n);
         Column<T, N> x(f, f.x[0], f.x[1], n, c), dy(f, p.dy, n, c), dx(f, p.dx[0], p.dx[1], n, c), add(f, p.add[0], p.add[1], n, c);
         float s1[N] = {}, s2[N] = {};
@@ -113,8 +119,8 @@ template <class T, int N> DEV void resident(const NormGradient& p) {
                 xs[row * lanes.vectors + lanes.v] = a[i], ds[row * lanes.vectors + lanes.v] = b[i];
 #pragma unroll
                 for (int e = 0; e < N; e++) {
-                    float h = slope.h(e, to_float(a[i][e])), dz = slope.dz(f, e, h, f.keep * to_float(b[i][e]));
-                    s1[e] += dz, s2[e] = fmaf(dz, h, s2[e]);
+                    float d = to_float(a[i][e]) - slope.mean[e], dz = slope.dz(f, e, d, f.keep * to_float(b[i][e]));
+                    s1[e] += dz, s2[e] = fmaf(dz, d, s2[e]);
                 }
             }
         }
@@ -130,11 +136,12 @@ template <class T, int N> DEV void resident(const NormGradient& p) {
         for (int i = threadIdx.x; i < 2 * count; i += THREADS) {
             float sum = 0.0f;
             for (int w = 0; w < WARPS; w++) sum += warps[w * 2 * count + i];
+            if (i >= count) sum *= slopes.rstd[i - count];
             warps[i] = sum;  // no other thread reads this place
             p.totals[(int64_t(n) * 2 + i / count) * f.c() + c0 + i % count] = sum;
         }
         __syncthreads();
-        group_means<T>(means, f, warps, n, c0, count);
+        group_means(means, f, slopes, warps, count);
         __syncthreads();
         float m[2][N];
 #pragma unroll
@@ -147,7 +154,9 @@ template <class T, int N> DEV void resident(const NormGradient& p) {
 #pragma unroll
             for (int i = 0; i < BATCH; i++) {
                 int row = r + i * step, at = row * lanes.vectors + lanes.v;
-                if (row < f.s) dx.row(row) = gradient(p, slope, m, xs[at], ds[at], more[i]);
+                if (row >= f.s) break;
+                Vec<T, N> a = xs[at], b = ds[at];
+                dx.row(row) = gradient(p, slope, m, a, b, more[i]);
             }
         }
     }
@@ -157,15 +166,18 @@ template <class T, int N> DEV void resident(const NormGradient& p) {
 template <class T, int N> DEV void sums(const NormGradient& p) {
     constexpr int V = N == 1 ? 32 : 8, SLAB = V * N;
     SMEM(float, warps, [WARPS][2 * SLAB]);
+    SMEM(float, of_channels, [4 * SLAB]);
     const Norm& f = p.f;
+    Slopes slopes(of_channels, SLAB);
     int slabs = (f.c() + SLAB - 1) / SLAB;
     WarpRows lanes(V);
     for (int64_t item = blockIdx.x; item < int64_t(f.n) * p.parts * slabs; item += gridDim.x) {
         int slab = int(item % slabs), part = int(item / slabs % p.parts), n = int(item / slabs / p.parts);
-        int c0 = slab * SLAB, count = min(SLAB, f.c() - c0), c = c0 + min(lanes.v * N, count - N), step = lanes.step();
+        int c0 = slab * SLAB, count = min(SLAB, f.c() - c0), v = min(lanes.v * N, count - N), c = c0 + v, step = lanes.step();
         int end = min(f.s, (part + 1) * p.part_rows), first = lanes.v * N < count ? part * p.part_rows + lanes.first() : end;
-        Slope<N> slope;
-        slope.load(f, n, c, T());
+        slopes.fill(f, n, c0, count, T());
+        __syncthreads();
+        Slope<N> slope(slopes, v);
         Mask mask(f, n);
         Column<T, N> x(f, f.x[0], f.x[1], n, c), dy(f, p.dy, n, c);
         float s1[N] = {}, s2[N] = {};
@@ -181,8 +193,8 @@ template <class T, int N> DEV void sums(const NormGradient& p) {
                 drop(b[i], f, mask, row, c);
 #pragma unroll
                 for (int e = 0; e < N; e++) {
-                    float h = slope.h(e, to_float(a[i][e])), dz = slope.dz(f, e, h, f.keep * to_float(b[i][e]));
-                    s1[e] += dz, s2[e] = fmaf(dz, h, s2[e]);
+                    float d = to_float(a[i][e]) - slope.mean[e], dz = slope.dz(f, e, d, f.keep * to_float(b[i][e]));
+                    s1[e] += dz, s2[e] = fmaf(dz, d, s2[e]);
                 }
             }
         }
@@ -193,9 +205,11 @@ template <class T, int N> DEV void sums(const NormGradient& p) {
         }
         __syncthreads();
         for (int i = threadIdx.x; i < 2 * SLAB; i += THREADS) {
+            if (i % SLAB >= count) continue;
             float sum = 0.0f;
             for (int w = 0; w < WARPS; w++) sum += warps[w][i];
-            if (i % SLAB < count) p.partial[((int64_t(n) * p.parts + part) * 2 + i / SLAB) * f.c() + c0 + i % SLAB] = sum;
+            if (i >= SLAB) sum *= slopes.rstd[i - SLAB];
+            p.partial[((int64_t(n) * p.parts + part) * 2 + i / SLAB) * f.c() + c0 + i % SLAB] = sum;
         }
         __syncthreads();  // the sums of the warps are overwritten next
     }
@@ -207,9 +221,11 @@ template <class T, int N> DEV void apply(const NormGradient& p) {
     const Norm& f = p.f;
     float* totals = shared.take<float>(2 * f.slab);
     float* means = shared.take<float>(2 * f.slab / f.width);
+    Slopes slopes(shared.take<float>(4 * f.slab), f.slab);
     for (int64_t item = blockIdx.x; item < int64_t(f.n) * f.slabs * f.chunks; item += gridDim.x) {
         int chunk = int(item % f.chunks), slab = int(item / f.chunks % f.slabs), n = int(item / f.chunks / f.slabs);
         int c0 = slab * f.slab, count = min(f.slab, f.c() - c0);
+        slopes.fill(f, n, c0, count, T());
         for (int i = threadIdx.x; i < 2 * count; i += THREADS) {
             const float* from = p.partial + (int64_t(n) * p.parts * 2 + i / count) * f.c() + c0 + i % count;
             float sum = 0.0f;
@@ -219,13 +235,12 @@ template <class T, int N> DEV void apply(const NormGradient& p) {
             if (chunk == 0) p.totals[(int64_t(n) * 2 + i / count) * f.c() + c0 + i % count] = sum;
         }
         __syncthreads();
-        group_means<T>(means, f, totals, n, c0, count);
+        group_means(means, f, slopes, totals, count);
         __syncthreads();
-        int vectors = count / N, rows = THREADS / vectors, c = c0 + int(threadIdx.x) % vectors * N;
+        int vectors = count / N, rows = THREADS / vectors, v = int(threadIdx.x) % vectors * N, c = c0 + v;
         int end = min(f.s, (chunk + 1) * f.chunk_rows), first = chunk * f.chunk_rows + int(threadIdx.x) / vectors;
         if (int(threadIdx.x) / vectors >= rows) first = end;
-        Slope<N> slope;
-        slope.load(f, n, c, T());
+        Slope<N> slope(slopes, v);
         Mask mask(f, n);
         Column<T, N> x(f, f.x[0], f.x[1], n, c), dy(f, p.dy, n, c), dx(f, p.dx[0], p.dx[1], n, c), add(f, p.add[0], p.add[1], n, c);
         float m[2][N];
@@ -246,6 +261,7 @@ template <class T, int N> DEV void apply(const NormGradient& p) {
                 dx.row(row) = gradient(p, slope, m, a[i], b[i], more[i]);
             }
         }
+        __syncthreads();  // what is in shared memory is overwritten next
     }
 }
 

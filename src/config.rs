@@ -146,6 +146,28 @@ pub struct ModelConfig {
     /// The channels of attention are all of q, all of k, all of v, rather than grouped by head.
     #[serde(default)]
     pub use_new_attention_order: bool,
+    /// Subtracted from the number of frequencies under their exponent: 0 here and in the reference, 1 in google/ddpm-*.
+    #[serde(default)]
+    pub freq_shift: f64,
+    /// A layout of files alone: diffusers keeps the first linear layer of this model with the columns of sines first.
+    #[serde(default)]
+    pub sine_first: bool,
+    /// Added to the variance in every group norm: 1e-5, in google/ddpm-* 1e-6.
+    #[serde(default = "norm_eps")]
+    pub norm_eps: f64,
+    /// Padding before the image where it is halved by a convolution: 1, or 0 with one behind it alone.
+    #[serde(default = "one")]
+    pub downsample_padding: usize,
+}
+
+/// The reference's [`ModelConfig::norm_eps`].
+fn norm_eps() -> f64 {
+    1e-5
+}
+
+/// The reference's [`ModelConfig::downsample_padding`].
+fn one() -> usize {
+    1
 }
 
 impl Default for ModelConfig {
@@ -168,6 +190,10 @@ impl Default for ModelConfig {
             low_res: None,
             resblock_updown: false,
             use_new_attention_order: false,
+            freq_shift: 0.0,
+            sine_first: false,
+            norm_eps: norm_eps(),
+            downsample_padding: one(),
         }
     }
 }
@@ -337,6 +363,9 @@ impl Config {
             ("num-head-channels", m.num_head_channels.map_or("-1".into(), |c| c.to_string())),
             ("resblock-updown", m.resblock_updown.to_string()),
             ("use-new-attention-order", m.use_new_attention_order.to_string()),
+            ("freq-shift", m.freq_shift.to_string()),
+            ("norm-eps", m.norm_eps.to_string()),
+            ("downsample-padding", m.downsample_padding.to_string()),
             ("learn-sigma", d.learns_variance().to_string()),
             ("sigma-small", (d.var_type == VarType::FixedSmall).to_string()),
             ("diffusion-steps", d.diffusion_steps.to_string()),

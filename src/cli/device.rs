@@ -8,6 +8,7 @@ use crate::graph::Target;
 use clap::Args;
 use std::fmt::{Display, Formatter};
 use std::str::FromStr;
+use std::sync::Once;
 
 /// Flags of every subcommand that computes.
 #[derive(Args, Clone, Debug)]
@@ -96,8 +97,9 @@ impl DeviceFlags {
             DeviceKind::Cuda(n) => Device::cuda(n)?,
             DeviceKind::Emulated => Device::emulated()?,
         };
+        static TOLD: Once = Once::new();
         if self.device.is_none() && driver::usable_gpus() > 0 {
-            eprintln!("note: this machine has an NVIDIA GPU; --device cuda computes on it");
+            TOLD.call_once(|| eprintln!("note: this machine has an NVIDIA GPU; --device cuda computes on it"));
         }
         Ok(device.with_precision(self.precision.unwrap_or_default()))
     }

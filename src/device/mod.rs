@@ -26,8 +26,10 @@ pub struct Plan {
     pub graph: Graph,
     /// Offsets in the arena.
     pub layout: Layout,
-    /// Bytes on CUDA beside it: scratch memory that the steps share, one after the other, and the tables of all.
-    pub beside: usize,
+    /// Bytes of scratch memory on CUDA, which the steps share, one after the other.
+    pub scratch: usize,
+    /// Bytes of the steps' tables on CUDA.
+    pub tables: usize,
 }
 
 impl Plan {
@@ -35,15 +37,18 @@ impl Plan {
     pub fn new(graph: Graph, reuse: bool) -> Self {
         let layout = memory::plan(&graph, reuse);
         let ops = || graph.steps.iter().map(|step| &step.op).filter(|_| graph.target != Target::Cpu);
-        let workspace = ops().map(|op| op.workspace(&graph)).max().unwrap_or(0);
+        let scratch = ops().map(|op| op.workspace(&graph)).max().unwrap_or(0);
         let tables = ops().map(|op| op.prepare_cuda(&graph).map_or(0, |bytes| bytes.len().next_multiple_of(ALIGN)));
-        let beside = workspace + tables.sum::<usize>();
-        Plan { graph, layout, beside }
+        let tables = tables.sum();
+        Plan { graph, layout, scratch, tables }
     }
 
-    /// Bytes the plan needs on a device: its regions, its arena and what lies beside it.
+    /// Bytes the plan needs on a device: its regions, its arena, and on CUDA scratch memory and tables.
     pub fn bytes(&self) -> usize {
-        self.layout.bytes + self.beside + Region::ALL.iter().map(|&r| self.graph.region_bytes(r)).sum::<usize>()
+        self.layout.bytes
+            + self.scratch
+            + self.tables
+            + Region::ALL.iter().map(|&r| self.graph.region_bytes(r)).sum::<usize>()
     }
 }
 

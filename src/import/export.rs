@@ -7,7 +7,7 @@
 use super::diffusers;
 use super::reference::{reference_dims, to_reference};
 use crate::checkpoint::{Slot, replace};
-use crate::config::Config;
+use crate::config::{Config, ModelConfig};
 use crate::error::{Error, Result};
 use serde_json::json;
 use std::io::{self, Write};
@@ -118,8 +118,24 @@ fn write_folder(path: &Path, m: &Model) -> Result<()> {
 }
 
 fn write_pt(path: &Path, m: &Model) -> Result<()> {
+    plain(m.config).map_err(|what| Error::Config(format!("{}: {what}", path.display())))?;
     let sizes: Vec<usize> = m.slots.iter().map(|s| m.values(s).len()).collect();
     write_archive(path, &state_dict(m.slots), &sizes, &|i| to_reference(m.values(&m.slots[i]), m.slots[i].dims))
+}
+
+/// The reference computes what the network of `config` does; its state dict has no place to say otherwise.
+fn plain(config: &Config) -> std::result::Result<(), String> {
+    let ours = ModelConfig { sine_first: false, ..config.model.clone() };
+    let d = ModelConfig::default();
+    let theirs = ModelConfig { freq_shift: d.freq_shift, norm_eps: d.norm_eps, downsample_padding: 1, ..ours.clone() };
+    if ours == theirs {
+        return Ok(());
+    }
+    Err(format!(
+        "the reference's network has freq-shift 0, norm-eps 1e-5 and downsample-padding 1, this one {}, {} and {}: export \
+         to a diffusers folder or to .safetensors",
+        ours.freq_shift, ours.norm_eps, ours.downsample_padding
+    ))
 }
 
 /// Writes the archive of `torch.save`: the program `pickle`, and storage i as `values(i)` gives it, one per slot.

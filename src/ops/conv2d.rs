@@ -1,6 +1,6 @@
-//! Convolution over NHWC images, 1x1 or 3x3 with "same" padding, with what the U-Net puts around it:
+//! Convolution over NHWC images, 1x1 or 3x3 with padding, with what the U-Net puts around it:
 //!
-//! `y[n,p,o] = bias[o] + shift[n,o] + residual[n,p,o] + Σ_{tap,c} x[n, p·stride + tap, c] · w[o,tap,c]`
+//! `y[n,p,o] = bias[o] + shift[n,o] + residual[n,p,o] + Σ_{tap,c} x[n, p·stride + tap - pad, c] · w[o,tap,c]`
 //!
 //! x: (n, h, w, ca + cb) as two sources; with `upsample`, x is first enlarged to (n, 2h, 2w) by repeating each pixel.
 //! w: (oc, k, k, ca + cb). y: (n, oh, ow, oc). Outside the image x is 0.
@@ -29,12 +29,14 @@ pub struct ConvShape {
     pub cb: usize,
     /// Output channels.
     pub oc: usize,
-    /// Kernel size, 1 or 3; the padding is k/2.
+    /// Kernel size, 1 or 3.
     pub k: usize,
     /// Step between outputs, 1 or 2.
     pub stride: usize,
     /// Nearest x2 enlargement before a 3x3 convolution of stride 1.
     pub upsample: bool,
+    /// Zeros before the first row and column: k/2; for a 3x3 of stride 2 also 0, with one row and column behind the last.
+    pub pad: usize,
 }
 
 impl ConvShape {
@@ -83,14 +85,17 @@ impl ConvShape {
         assert!(self.k == 1 || self.k == 3, "conv2d: kernel size {} is neither 1 nor 3", self.k);
         assert!(self.stride == 1 || self.stride == 2, "conv2d: stride {} is neither 1 nor 2", self.stride);
         assert!(!self.upsample || (self.k == 3 && self.stride == 1), "conv2d: upsampling needs a 3x3 of stride 1");
+        let behind =
+            self.pad == 0 && self.k == 3 && self.stride == 2 && self.h.is_multiple_of(2) && self.w.is_multiple_of(2);
+        assert!(self.pad == self.k / 2 || behind, "conv2d: padding {} of {self:?}", self.pad);
         let sizes = [self.n, self.h, self.w, self.ca, self.oc];
         assert!(sizes.iter().all(|&size| size > 0), "conv2d: a size is 0 in {self:?}");
     }
 
     /// Pixel of the input under tap (`kh`, `kw`) of output pixel (`oy`, `ox`) of image `n`; none in the padding.
     pub fn source(&self, n: usize, oy: usize, ox: usize, kh: usize, kw: usize) -> Option<usize> {
-        let y = (oy * self.stride + kh).checked_sub(self.k / 2).filter(|&y| y < self.vh())?;
-        let x = (ox * self.stride + kw).checked_sub(self.k / 2).filter(|&x| x < self.vw())?;
+        let y = (oy * self.stride + kh).checked_sub(self.pad).filter(|&y| y < self.vh())?;
+        let x = (ox * self.stride + kw).checked_sub(self.pad).filter(|&x| x < self.vw())?;
         let up = usize::from(self.upsample);
         Some((n * self.h + (y >> up)) * self.w + (x >> up))
     }
@@ -280,6 +285,8 @@ pub struct Conv2dBackwardWeight {
 pub struct ConvOptions {
     /// Stride 2 rather than 1.
     pub downsample: bool,
+    /// No padding before the image, one row and column behind it.
+    pub pad_behind: bool,
     /// Nearest-neighbour enlargement by 2 before it.
     pub upsample: bool,
     /// Per-image, per-channel addend: rows of a matrix from this column on.
@@ -302,7 +309,9 @@ impl Conv2d {
             k: ws.h,
             stride: 1 + usize::from(o.downsample),
             upsample: o.upsample,
+            pad: if o.pad_behind { 0 } else { ws.h / 2 },
         };
+        shape.check();
         assert_eq!(shape.c(), ws.c, "conv2d: {} input channels for {}", shape.c(), g[w].name);
         let y = g.activation("conv2d", Shape::new(s.n, shape.oh(), shape.ow(), shape.oc));
         g.push(Conv2d { y, sums: None, x, w, b, shift: o.shift, residual: o.residual, shape });

@@ -340,7 +340,7 @@ pub struct GroupNormBackward {
 }
 
 /// What a norm does besides normalising.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct NormOptions {
     /// SiLU after it.
     pub silu: bool,
@@ -348,18 +348,26 @@ pub struct NormOptions {
     pub scale_shift: Option<(Val, usize)>,
     /// Dropout after the activation.
     pub dropout: Option<DropoutStep>,
+    /// Added to the variance.
+    pub eps: f32,
+}
+
+impl Default for NormOptions {
+    fn default() -> Self {
+        NormOptions { silu: false, scale_shift: None, dropout: None, eps: 1e-5 }
+    }
 }
 
 /// Groups of every norm of the network.
 pub const GROUPS: usize = 32;
 
 impl GroupNorm {
-    /// Appends the norm of `x` in [`GROUPS`] groups, eps 1e-5.
+    /// Appends the norm of `x` in [`GROUPS`] groups.
     pub fn record(g: &mut Graph, x: Source, gamma: Val, beta: Val, o: NormOptions) -> Val {
         let s = g.shape(x.a);
         let (ca, cb) = (s.c, x.b.map_or(0, |b| g.shape(b).c));
         let shape =
-            GroupNormShape { n: s.n, s: s.h * s.w, ca, cb, groups: GROUPS, eps: 1e-5, silu: o.silu, dropout: None };
+            GroupNormShape { n: s.n, s: s.h * s.w, ca, cb, groups: GROUPS, eps: o.eps, silu: o.silu, dropout: None };
         let y = g.shaped_like("group_norm", x.a, Shape { c: ca + cb, ..s });
         let sums = [Some(x.a), x.b].map(|v| if g.epilogue_sums { Conv2d::sums_of(g, v?) } else { None });
         let mean = g.arena("mean", Shape::rows(s.n, GROUPS));

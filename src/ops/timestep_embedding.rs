@@ -23,11 +23,11 @@ pub struct TimestepEmbedding {
 }
 
 impl TimestepEmbedding {
-    /// Appends the embedding of `t` in `dim` numbers.
-    pub fn record(g: &mut Graph, t: Val, dim: usize) -> Val {
+    /// Appends the embedding of `t` in `dim` numbers, its longest period being `max_period`.
+    pub fn record(g: &mut Graph, t: Val, dim: usize, max_period: f32) -> Val {
         let n = g.shape(t).len();
         let y = g.activation("timestep_embedding", Shape::rows(n, dim));
-        g.push(TimestepEmbedding { y, t, max_period: 10_000.0 });
+        g.push(TimestepEmbedding { y, t, max_period });
         y
     }
 }

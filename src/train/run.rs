@@ -30,6 +30,8 @@ pub struct Options {
     pub time_limit: Option<Duration>,
     /// Write event files for TensorBoard too.
     pub tensorboard: bool,
+    /// Least seconds of a step on this device, if that was measured: the log tells how near training comes.
+    pub floor_s: Option<f64>,
     /// Called with every checkpoint that was written.
     pub saved: Option<fn(&Path) -> Result<()>>,
 }
@@ -79,6 +81,7 @@ pub fn run(t: &mut Trainer, o: &Options, preview: &mut dyn FnMut(&mut Trainer, &
     let (step, out) = (t.step, o.out.display());
     match ended {
         Err(Error::NonFinite(what)) => Err(Error::NonFinite(format!("{what}. Last good checkpoint: {}", saved()))),
+        Err(Error::Device(what)) => Err(Error::Device(format!("{what}. Last checkpoint: {}", saved()))),
         Err(e) => Err(e),
         Ok(End::Interrupted) => Err(Error::Interrupted(format!(
             "stopped at step {step} of {steps}, saved in {}; --resume --out {out} goes on",
@@ -129,6 +132,7 @@ fn until_end(
                 lr: report.lr,
                 images_per_s: t.config.train.batch_size as f64 / per_step,
                 eta_s: per_step * (steps - t.step) as f64,
+                ceiling_pct: o.floor_s.map(|floor| 100.0 * floor / per_step),
             })?;
             since = (Instant::now(), t.step);
         }

@@ -13,6 +13,7 @@ use iddpm::ops::view::{Cat, Rows, RowsMut};
 use iddpm::rng::philox;
 
 mod chain;
+mod recompute;
 mod traffic;
 
 /// Uniform values in [-1, 1).

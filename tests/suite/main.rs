@@ -11,11 +11,14 @@ mod cuda_norm;
 #[cfg(feature = "emulator")]
 mod cuda_ops;
 #[cfg(feature = "emulator")]
+mod cuda_plans;
+#[cfg(feature = "emulator")]
 mod cuda_small;
 #[cfg(feature = "emulator")]
 mod cuda_step;
 mod data;
 mod device;
+mod diffusers;
 mod diffusion;
 mod driver;
 mod floors;

@@ -9,10 +9,20 @@ use iddpm::config::Config;
 #[cfg(feature = "emulator")]
 use iddpm::config::Precision;
 use iddpm::device::Device;
+#[cfg(feature = "emulator")]
+use iddpm::device::driver::Started;
 use iddpm::graph::{DType, Graph, Region, Shape};
+#[cfg(feature = "emulator")]
+use iddpm::nll::{Evaluated, Nll, NllSettings};
 use iddpm::ops::grad_norm::GradNorm;
+#[cfg(feature = "emulator")]
+use iddpm::ops::p_sample::Reverse;
+#[cfg(feature = "emulator")]
+use iddpm::sampler::{self, Pictures, SampleSettings, Sampler};
 use iddpm::train::log::Meter;
 use iddpm::train::{Trainer, slots};
+#[cfg(feature = "emulator")]
+use iddpm::unet::Params;
 
 /// The processor, and the CUDA kernels in both precisions on an emulated GPU that is `lag` marks behind its host.
 #[cfg(feature = "emulator")]
@@ -38,6 +48,57 @@ fn emulated(lag: u64) -> Device {
 fn set(device: &Device, f: impl FnOnce(&iddpm::device::driver::EmulatedDriver)) {
     let Device::Cuda(d) = device else { panic!("not emulated") };
     f(d.driver().emulator().unwrap());
+}
+
+/// What `work` starts on the emulator.
+#[cfg(feature = "emulator")]
+fn started<T>(at: &mut T, device: impl Fn(&T) -> &Device, work: impl FnOnce(&mut T)) -> Started {
+    let now = |at: &T| {
+        let mut all = None;
+        set(device(at), |d| all = Some(d.started()));
+        all.unwrap()
+    };
+    let before = now(at);
+    work(at);
+    let after = now(at);
+    Started {
+        kernels: after.kernels - before.kernels,
+        graphs: after.graphs - before.graphs,
+        waits: after.waits - before.waits,
+    }
+}
+
+/// A step is one graph, started without waiting; so is a reverse step, and a batch of terms of the bound.
+#[cfg(feature = "emulator")]
+#[test]
+fn a_step_is_one_graph_and_nothing_waits_for_it() {
+    let c = tiny(config());
+    let mut t = Trainer::open(c.clone(), emulated(9), images(11), true).unwrap();
+    // The first step of a bf16 plan rounds the weights, later ones keep them rounded.
+    t.step(&mut Meter::default()).unwrap();
+    let steps = |t: &mut Trainer| (0..3).for_each(|_| t.begin(&mut Meter::default()).unwrap());
+    assert_eq!(started(&mut t, |t| &t.device, steps), Started { kernels: 0, graphs: 3, waits: 0 });
+    t.finish(&mut Meter::default()).unwrap();
+
+    // These plans round the weights that training has changed: one kernel.
+    let mut process = c.diffusion.clone();
+    process.timestep_respacing = "5".into();
+    let settings = SampleSettings { reverse: Reverse::Ancestral, clip: true, batch: 2 };
+    let sampler = Sampler::new(&mut t.device, &c.model, &process, &t.params, &settings).unwrap();
+    let pictures = Pictures { seeds: &[1, 2], labels: None };
+    let walk = |t: &mut Trainer| drop(sampler.run(&mut t.device, pictures, &mut |_| Ok(())).unwrap());
+    let walked = started(&mut t, |t| &t.device, walk);
+    // The pictures are waited for at the end.
+    assert_eq!(walked, Started { kernels: 1, graphs: 5, waits: 1 });
+
+    let settings = NllSettings { clip: true, batch: 4, seed: 0 };
+    let nll = Nll::new(&mut t.device, &c.model, &process, &t.params, 2, &settings).unwrap();
+    let pixels = images(2).pixels;
+    let terms = |t: &mut Trainer| {
+        nll.run(&mut t.device, Evaluated { pixels: &pixels, labels: None }, &mut |_, _| Ok(())).unwrap();
+    };
+    // Two images at five steps are three batches of four.
+    assert_eq!(started(&mut t, |t| &t.device, terms), Started { kernels: 1, graphs: 3, waits: 0 });
 }
 
 /// The cheapest network: 4 images of 8x8 in flight.
@@ -179,6 +240,27 @@ fn memory_that_is_too_small_is_told_with_what_would_fit() {
     set(&device, |d| d.set_memory(1 << 20));
     let text = Trainer::open(c, device, images(20), false).err().unwrap().to_string();
     assert!(text.contains("not even --microbatch 1") && text.contains("1.0 MiB are free"), "{text}");
+}
+
+#[cfg(feature = "emulator")]
+#[test]
+fn a_batch_that_is_too_large_is_told_with_one_that_fits() {
+    let (c, params) = (config(), Params::new(&config().model));
+    let settings = |batch| SampleSettings { reverse: Reverse::Ancestral, clip: true, batch };
+    let mut device = emulated(0);
+    let plan = |batch| sampler::plan(&c.model, &c.diffusion, &params, &settings(batch), device.target()).unwrap();
+    let memory = plan(16).bytes();
+    assert!(plan(32).bytes() > memory);
+    set(&device, |d| d.set_memory(memory));
+    let sampler = Sampler::new(&mut device, &c.model, &c.diffusion, &params, &settings(64));
+    let text = sampler.err().unwrap().to_string();
+    for part in ["sampling needs", "are free", "--batch-size 16 would fit"] {
+        assert!(text.contains(part), "{text} lacks {part}");
+    }
+    Sampler::new(&mut device, &c.model, &c.diffusion, &params, &settings(16)).unwrap();
+    let nll = NllSettings { clip: true, batch: 4096, seed: 0 };
+    let text = Nll::new(&mut device, &c.model, &c.diffusion, &params, 2, &nll).err().unwrap().to_string();
+    assert!(text.contains("the evaluation needs") && text.contains("too little even for --batch-size 1"), "{text}");
 }
 
 /// A set that the device has no room for stays on the host without being asked.

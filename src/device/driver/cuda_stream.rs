@@ -61,7 +61,7 @@ impl CudaDriver {
         self.check(what, unsafe { result::stream::wait_event(stream, event.handle, flags) })
     }
 
-    /// From here to [`CudaDriver::begin_capture`] launches only load their kernels.
+    /// From here to [`CudaDriver::end_load`] launches only load their kernels.
     pub(super) fn begin_load(&self) {
         self.state().mode = Mode::Load;
     }

@@ -38,6 +38,18 @@ struct State {
     /// Events recorded so far, and how many later ones let one pass.
     events: u64,
     lag: u64,
+    started: Started,
+}
+
+/// What the host has asked for so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Started {
+    /// Kernels that belong to no graph.
+    pub kernels: usize,
+    /// Graphs.
+    pub graphs: usize,
+    /// Times it waited for everything started to end.
+    pub waits: usize,
 }
 
 /// A place in the order of events.
@@ -86,6 +98,7 @@ impl EmulatedDriver {
             sizes: HashMap::new(),
             events: 0,
             lag: 0,
+            started: Started::default(),
         };
         Ok(EmulatedDriver { library, state: Mutex::new(state) })
     }
@@ -104,6 +117,11 @@ impl EmulatedDriver {
     /// Who waits for it is not kept waiting.
     pub fn set_lag(&self, events: u64) {
         self.state().lag = events;
+    }
+
+    /// What was started so far.
+    pub fn started(&self) -> Started {
+        self.state().started
     }
 
     /// Names of all kernels, sorted.
@@ -158,6 +176,7 @@ impl EmulatedDriver {
             list.push(Command::Launch { step, kernel: name.into(), launch, args: Mutex::new(args) });
             return Ok(());
         }
+        state.started.kernels += 1;
         drop(state);
         self.run(&step, name, launch, &mut args)
     }
@@ -192,6 +211,7 @@ impl EmulatedDriver {
     }
 
     pub(super) fn replay(&self, graph: &EmulatedGraph) -> Result<()> {
+        self.state().started.graphs += 1;
         for command in &graph.commands {
             match command {
                 Command::Launch { step, kernel, launch, args } => {
@@ -206,6 +226,7 @@ impl EmulatedDriver {
     }
 
     pub(super) fn sync(&self) -> Result<()> {
+        self.state().started.waits += 1;
         Ok(())
     }
 

@@ -39,7 +39,7 @@ pub use cuda::CudaDriver;
 pub use cuda_error::{arch_list, cuda_present, driver_version, usable_gpus};
 pub use cuda_objects::{CudaEvent, CudaGraph};
 #[cfg(feature = "emulator")]
-pub use emulated::{EmulatedDriver, EmulatedEvent, EmulatedGraph};
+pub use emulated::{EmulatedDriver, EmulatedEvent, EmulatedGraph, Started};
 pub use objects::{Buffer, Event, Graph, Pinned};
 #[cfg(feature = "emulator")]
 pub use schedule::{Copies, LaunchTraffic, Order, Schedule, Traffic};
@@ -373,11 +373,15 @@ impl Driver {
     /// # Errors
     /// What `work` returns, or [`Error::Device`] when the device refuses the graph.
     pub fn capture(&self, mut work: impl FnMut() -> Result<()>) -> Result<Graph> {
-        if let Driver::Cuda(d) = self {
-            d.begin_load();
-            let loaded = work();
-            d.end_load();
-            loaded?;
+        match self {
+            Driver::Cuda(d) => {
+                d.begin_load();
+                let loaded = work();
+                d.end_load();
+                loaded?;
+            }
+            #[cfg(feature = "emulator")]
+            Driver::Emulated(_) => {}
         }
         each!(self, d => d.begin_capture())?;
         let done = work();

@@ -14,6 +14,8 @@ use bytemuck::{Pod, Zeroable};
 const WIDTHS: [usize; 6] = [32, 64, 96, 128, 144, 192];
 /// Widest head of the gradient with 128 rows to a block: shared memory ends there.
 const WIDEST_128: usize = 128;
+/// From this width on dk and dv are found by different blocks: the registers do not hold both.
+const APART: usize = 128;
 /// Blocks that fill a large GPU once: below, tiles of 128 rows become tiles of 64.
 pub const FULL: usize = 128;
 /// Most tokens times channels of an image, and most blocks; the kernels count in 32 bits.
@@ -83,12 +85,10 @@ impl Cut {
             return Cut { kernel: kernel.into(), blocks, threads: 128, shared: 0 };
         };
         // Kinds of blocks, tiles that rest and tiles that pass, of 2-byte values; statistics of the rows that pass.
-        let kinds = if !backward {
-            1
-        } else if width > WIDEST_128 {
-            3
-        } else {
-            2
+        let kinds = match (backward, width >= APART) {
+            (false, _) => 1,
+            (true, false) => 2,
+            (true, true) => 3,
         };
         let wide = s.s > 64 && pairs * s.s.div_ceil(128) * kinds >= full && !(backward && width > WIDEST_128);
         let (rows, teams) = if s.s <= 16 {
@@ -98,12 +98,10 @@ impl Cut {
         } else {
             (64, 1)
         };
-        let stream = if rows == 16 {
-            16
-        } else if backward || width > 64 {
-            32
-        } else {
-            64
+        let stream = match (rows, backward, width) {
+            (16, ..) | (_, true, 145..) => 16,
+            (_, true, _) | (_, _, 65..) => 32,
+            _ => 64,
         };
         let stages = if rows == 16 { 1 } else { 2 };
         let tiles = (if backward { 2 } else { 1 } * rows + 2 * stages * stream) * width * 2;

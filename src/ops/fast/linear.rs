@@ -6,7 +6,7 @@ use crate::ops::conv2d::ConvShape;
 use crate::ops::view::Cat;
 
 fn as_conv(n: usize, c: usize, oc: usize) -> ConvShape {
-    ConvShape { n, h: 1, w: 1, ca: c, cb: 0, oc, k: 1, stride: 1, upsample: false }
+    ConvShape { n, h: 1, w: 1, ca: c, cb: 0, oc, k: 1, stride: 1, upsample: false, pad: 0 }
 }
 
 /// Outputs of a single row that are computed together: their packed weights are all the scratch it needs, rather than a

@@ -247,13 +247,19 @@ pub fn forward(f: &GroupNorm, half: bool, m: &Launcher) -> Result<()> {
         m.norm(&format!("group_norm_sums_{}", lane.suffix), items, 0, args)?;
     }
     let args = args![m.ptr(f.y), Arg::Struct(bytemuck::bytes_of(&p))];
-    m.norm(&format!("group_norm_apply_{}", lane.suffix), items, 0, args)
+    m.norm(&format!("group_norm_apply_{}", lane.suffix), items, 3 * channel_floats(p.slab), args)
+}
+
+/// Shared memory for a float of each channel of a slab.
+fn channel_floats(slab: i32) -> usize {
+    (slab as usize * 4).next_multiple_of(128)
 }
 
 /// Shared memory of a block that keeps `slab` channels of x and dy.
 fn resident_bytes(s: &GroupNormShape, lane: Lane, slab: usize) -> usize {
     let round = |bytes: usize| bytes.next_multiple_of(128);
-    2 * round(s.s * slab * lane.bytes) + round(WARPS * 2 * slab * 4) + round(2 * slab / s.group_channels() * 4)
+    let (sums, means) = (WARPS * 2 * slab * 4, 2 * slab / s.group_channels() * 4);
+    2 * round(s.s * slab * lane.bytes) + round(sums) + round(means) + round(4 * slab * 4)
 }
 
 /// The widest slab of x and dy that a block can keep, if any.
@@ -297,8 +303,8 @@ pub fn backward(b: &GroupNormBackward, half: bool, m: &Launcher) -> Result<()> {
         let items = p.f.cut(s, lane);
         let args = args![Arg::Struct(bytemuck::bytes_of(&p))];
         m.norm(&kernel("sums"), s.n * p.parts as usize * s.c().div_ceil(lane.sums_slab()), 0, args)?;
-        let shared = 2 * (p.f.slab as usize).next_multiple_of(32) * 4;
-        m.norm(&kernel("apply"), items, 2 * shared, args)?;
+        // S1 and S2, two means of each group, four numbers of each channel.
+        m.norm(&kernel("apply"), items, 8 * channel_floats(p.f.slab), args)?;
     }
     let (rows, stride) = b
         .dscale_shift

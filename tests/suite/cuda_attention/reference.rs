@@ -18,16 +18,13 @@ pub struct Reference {
 }
 
 impl Reference {
-    /// Index and value of the elements of "out", or of the "dq", "dk" or "dv" in dqkv.
-    pub fn part<'a>(&'a self, s: &'a AttentionShape, name: &str) -> impl Iterator<Item = (usize, f64)> + 'a {
-        let part = ["dq", "dk", "dv"].iter().position(|&n| n == name);
-        let owner: Vec<usize> = (0..s.heads).flat_map(|h| s.columns(h)).collect();
-        let of = move |i: usize| {
-            let column = i % (3 * s.c());
-            owner.iter().position(|&first| (first..first + s.d).contains(&column)).map(|p| p % 3)
+    /// Positions of the elements of "out", or of the "dq", "dk" or "dv" in dqkv.
+    pub fn part(&self, s: &AttentionShape, name: &str) -> Vec<usize> {
+        let Some(part) = ["dq", "dk", "dv"].iter().position(|&n| n == name) else {
+            return (0..self.out.len()).collect();
         };
-        let values = if part.is_some() { &self.dqkv } else { &self.out };
-        values.iter().copied().enumerate().filter(move |(i, _)| part.is_none() || of(*i) == part)
+        let owns = |column: usize| (0..s.heads).any(|h| (s.columns(h)[part]..).take(s.d).any(|own| own == column));
+        (0..self.dqkv.len()).filter(|i| owns(i % (3 * s.c()))).collect()
     }
 }
 
@@ -77,18 +74,18 @@ pub fn reference(data: &Data, rounds: bool) -> Reference {
                 delta += f64::from(*dout) * out;
                 delta_size += (f64::from(*dout) * out).abs();
             }
-            for j in 0..s.s {
-                let p = (scale * scores[j].0 - lse).exp();
+            for (j, score) in scores.iter().enumerate() {
+                let p = (scale * score.0 - lse).exp();
                 let (dp, dp_size) = products(dout, token(j, v));
                 let (ds, ds_size) = (round(p * (dp - delta)), p * (dp_size + delta_size));
                 let mut add = |to: usize, weight: f64, size: f64, x: f32| {
                     r.dqkv[to] += weight * f64::from(x);
                     r.dqkv_size[to] += size * f64::from(x).abs();
                 };
-                for e in 0..d {
+                for (e, dout) in dout.iter().enumerate() {
                     add(at(i, q) + e, scale * ds, scale * ds_size, token(j, k)[e]);
                     add(at(j, k) + e, scale * ds, scale * ds_size, token(i, q)[e]);
-                    add(at(j, v) + e, round(p), p, dout[e]);
+                    add(at(j, v) + e, round(p), p, *dout);
                 }
             }
         }

@@ -112,10 +112,15 @@ fn sums_from_the_epilogue_change_nothing_but_roundings() {
 #[test]
 fn the_processor_runs_the_same_list() {
     for (hw, kind) in [([8, 8], 0), ([7, 5], 1), ([6, 10], 2)] {
-        let mut c = Chain::new(on_cuda(false), 3, hw, [40, 24], kind, 3.0);
-        c.results.extend(c.sums());
-        c.sums().into_iter().for_each(|v| c.g.keep(v));
-        let (got, want) = (c.run(emulated()), c.run(Device::cpu(1).unwrap()));
+        let mut on_cpu = Graph::new();
+        on_cpu.epilogue_sums = true;
+        let [got, want] = [(on_cuda(false), emulated()), (on_cpu, Device::cpu(1).unwrap())].map(|(g, device)| {
+            let mut c = Chain::new(g, 3, hw, [40, 24], kind, 3.0);
+            c.results.extend(c.sums());
+            c.sums().into_iter().for_each(|v| c.g.keep(v));
+            assert_eq!(c.results.len(), 5, "y, its statistics and the sums of two convolutions");
+            c.run(device)
+        });
         for (i, (got, want)) in got.iter().zip(&want).enumerate() {
             // Sums of 72 products, in f32 on both.
             let bound = 1e-5 * largest(want);
