@@ -114,7 +114,7 @@ impl Probe<'_> {
     fn tile(&self) -> Result<(f64, f64)> {
         let (n, repeat) = if self.emulated { (1, 1) } else { (self.info.multiprocessors, 20) };
         let lengths = if self.emulated { [32, 64, 96, 128] } else { [256, 512, 1024, 2048] };
-        let shape = |ca| ConvShape { n, h: 8, w: 16, ca, cb: 0, oc: 128, k: 1, stride: 1, upsample: false };
+        let shape = |ca| ConvShape { n, h: 8, w: 16, ca, cb: 0, oc: 128, k: 1, stride: 1, upsample: false, pad: 0 };
         let largest = shape(lengths[3]);
         let buffers = [largest.in_pixels() * largest.ca, largest.weights(), largest.out_pixels() * largest.oc]
             .map(|len| self.driver.alloc(2 * len));
