@@ -8,7 +8,7 @@ use super::step::floor;
 use super::timing::{Clock, Effort, measure};
 use crate::config::Config;
 use crate::device::Device;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::graph::{Graph, Region};
 use crate::ops::p_sample::Reverse;
 use crate::sampler::{self, Pictures, SampleSettings, Sampler};
@@ -39,6 +39,9 @@ impl ReverseStep {
     /// # Errors
     /// Memory that cannot be had.
     pub fn new(config: &Config, reverse: Reverse, batch: usize, open: Open) -> Result<Self> {
+        if batch == 0 {
+            return Err(Error::Config("--batches 0: a batch has at least one picture".into()));
+        }
         let params = Params::new(&config.model);
         let mut diffusion = config.diffusion.clone();
         diffusion.timestep_respacing = STEPS.to_string();
