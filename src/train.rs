@@ -16,6 +16,7 @@ use crate::device::{Device, Plan, PlanId};
 use crate::error::{Error, Result};
 use crate::graph::{DType, Region, Val};
 use crate::ops::Control;
+use crate::rng;
 use crate::unet::Params;
 use log::{Meter, Terms};
 use plan::TrainVals;
@@ -237,8 +238,10 @@ impl Trainer {
         let index = self.batches.next();
         self.device.write(self.id, self.vals.index, index)?;
         if let Some(labels) = self.vals.labels {
-            for (label, &i) in self.buffers.labels.iter_mut().zip(index) {
-                *label = self.labels[i as usize];
+            let (p, seed, step) = (self.config.train.label_dropout, self.config.train.seed, self.step as u32);
+            for (n, (label, &i)) in self.buffers.labels.iter_mut().zip(index).enumerate() {
+                let null = self.config.model.null_label().filter(|_| rng::drops_label(p, seed, n as u32, step));
+                *label = null.unwrap_or(self.labels[i as usize]);
             }
             self.device.write(self.id, labels, &self.buffers.labels)?;
         }

@@ -41,7 +41,7 @@ impl Walks {
         let params = Params::new(&config.model);
         let mut diffusion = config.diffusion.clone();
         diffusion.timestep_respacing = WALK.to_string();
-        let settings = SampleSettings { reverse, clip: true, batch };
+        let settings = SampleSettings { reverse, batch, ..SampleSettings::default() };
         let flops = sampler::plan(&config.model, &diffusion, &params, &settings)?.graph.cost().flops;
         let mut device = open()?;
         device.write_region(Region::Params, &weights(&params, config.train.seed))?;

@@ -221,7 +221,11 @@ impl Preview {
                 if t.process_steps() > PREVIEW_STEPS {
                     process.timestep_respacing = PREVIEW_STEPS.to_string();
                 }
-                let settings = SampleSettings { reverse: Reverse::Ddim(0.0), clip: true, batch: PREVIEW_PICTURES };
+                let settings = SampleSettings {
+                    reverse: Reverse::Ddim(0.0),
+                    batch: PREVIEW_PICTURES,
+                    ..SampleSettings::default()
+                };
                 none.insert(Sampler::new(&mut t.device, &c.model, &process, &t.params, &settings)?)
             }
         };
