@@ -81,7 +81,7 @@ fn ceiling(c: &mut Criterion) {
 }
 
 fn conv(hw: usize, ca: usize, cb: usize, oc: usize, k: usize) -> ConvShape {
-    ConvShape { n: N, h: hw, w: hw, ca, cb, oc, k, stride: 1, upsample: false }
+    ConvShape { n: N, h: hw, w: hw, ca, cb, oc, k, stride: 1, upsample: false, pad: k / 2 }
 }
 
 fn conv_shapes() -> Vec<ConvShape> {

@@ -46,3 +46,6 @@ DEV float to_float(bf16 x) { return __bfloat162float(x); }
 template <class T> DEV T from_float(float x);
 template <> DEV float from_float<float>(float x) { return x; }
 template <> DEV bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
+
+// Is p a multiple of 16 bytes?
+DEV bool aligned(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }

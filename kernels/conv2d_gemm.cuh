@@ -22,6 +22,7 @@ struct ConvGemm {
     const void* add[2];     // shaped as out, or null
     const void* shift;      // rows of shift_stride, one per image, or null
     const float* bias;      // or null
+    float* sums;            // statistics of parts of the output, (images, parts, 2, channels), or null; forward only
     int32_t a_channels[2], out_channels[2];
     int32_t rows;           // images * gh * gw
     int32_t ah, aw, a_step; // gathered image
@@ -30,7 +31,7 @@ struct ConvGemm {
     int32_t first_tap[5];   // of each phase
     FastDiv by_grid, by_width, by_channels;  // gh * gw; gw; channels of a
     Tap taps[MAX_TAPS];
-    int32_t unused;
+    int32_t phase_parts;    // parts of one phase of an image
 };
 
 // A row of the tile as its loader sees it: first pixel of the image, and the pixel under tap (0, 0).
@@ -112,7 +113,7 @@ template <class T> DEV void add_quad(float (&v)[4], const T* from, int count) {
     }
 }
 
-// Adds what the epilogue adds to columns n .. n + 4 of one pixel and writes them.
+// Adds what the epilogue adds to columns n .. n + 4 of one pixel and writes them; leaves in v what was written.
 template <class T> DEV void put(const ConvGemm& p, const Target& to, int n, float (&v)[4]) {
     int count = p.out_channels[0] + p.out_channels[1] - n;
     if (to.pixel < 0 || count <= 0) return;
@@ -124,7 +125,7 @@ template <class T> DEV void put(const ConvGemm& p, const Target& to, int n, floa
         if (p.add[s]) add_quad(v, static_cast<const T*>(p.add[s]) + at, 4);
         Vec<T, 4> out;
 #pragma unroll
-        for (int e = 0; e < 4; e++) out[e] = from_float<T>(v[e]);
+        for (int e = 0; e < 4; e++) out[e] = from_float<T>(v[e]), v[e] = to_float(out[e]);
         *reinterpret_cast<Vec<T, 4>*>(static_cast<T*>(p.out[s]) + at) = out;
         return;
     }
@@ -134,6 +135,31 @@ template <class T> DEV void put(const ConvGemm& p, const Target& to, int n, floa
         int s = n + e >= p.out_channels[0];
         int64_t at = int64_t(to.pixel) * p.out_channels[s] + n + e - (s ? p.out_channels[0] : 0);
         if (p.add[s]) v[e] += to_float(static_cast<const T*>(p.add[s])[at]);
-        static_cast<T*>(p.out[s])[at] = from_float<T>(v[e]);
+        T out = from_float<T>(v[e]);
+        static_cast<T*>(p.out[s])[at] = out, v[e] = to_float(out);
+    }
+}
+
+// Statistics of column n over rows m .. m + PART_ROWS of the grid, of each image apart: mean and squared deviations from it, the form
+// that kernels/group_norm.cuh puts together. value(i) is what was written for row m + i. The last part of an image also
+// clears those of its places that stay empty: an image touches one part more or less as it lies to the cuts.
+constexpr int PART_ROWS = 32;
+template <class F> DEV void part_sums(const ConvGemm& p, int phase, int m, int n, F value) {
+    int channels = p.out_channels[0], grid = int(p.by_grid.divisor), start = m, end = min(m + PART_ROWS, p.rows);
+    if (n >= channels) return;
+    while (m < end) {
+        int image = p.by_grid.div(m), last = min(end, (image + 1) * grid), part = start / PART_ROWS - image * grid / PART_ROWS;
+        float sample = value(m - start), mean = 0.0f, squares = 0.0f;
+#pragma unroll 8
+        for (int i = m - start; i < last - start; i++) mean += value(i) - sample;
+        mean = sample + mean / float(last - m);
+#pragma unroll 8
+        for (int i = m - start; i < last - start; i++) squares = fmaf(value(i) - mean, value(i) - mean, squares);
+        float* at = p.sums + ((int64_t(image) * p.out_step * p.out_step + phase) * p.phase_parts + part) * 2 * channels + n;
+        at[0] = mean, at[channels] = squares;
+        if (last == (image + 1) * grid) {
+            for (part++; part < p.phase_parts; part++) at += 2 * channels, at[0] = at[channels] = 0.0f;
+        }
+        m = last;
     }
 }

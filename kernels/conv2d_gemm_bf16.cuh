@@ -121,5 +121,15 @@ template <class Tile, bool TRANSPOSED, bool ANY> DEV void conv_gemm_bf16(const C
         Vec<float, 4> quad = *reinterpret_cast<const Vec<float, 4>*>(out + staged(m, n, Tile::BN));
         float v[4] = {quad[0], quad[1], quad[2], quad[3]};
         put<bf16>(p, Target(p, m0 + m, phase), n0 + n, v);
+        if (!TRANSPOSED && p.sums) {
+            for (int e = 0; e < 4; e++) quad[e] = v[e];
+            *reinterpret_cast<Vec<float, 4>*>(out + staged(m, n, Tile::BN)) = quad;
+        }
+    }
+    if (TRANSPOSED || !p.sums) return;
+    __syncthreads();
+    int column = threadIdx.x % Tile::BN;
+    for (int m = threadIdx.x / Tile::BN * PART_ROWS; m < Tile::BM; m += Tile::THREADS / Tile::BN * PART_ROWS) {
+        part_sums(p, phase, m0 + m, n0 + column, [&](int i) { return out[staged(m + i, column, Tile::BN)]; });
     }
 }

@@ -37,8 +37,9 @@ template <int BN> struct FmaTile {
 };
 
 template <int BN, bool TRANSPOSED> DEV void conv_gemm_f32(const ConvGemm& p) {
-    SMEM(float, a, [F32_BK * F32_BM]);
-    SMEM(float, b, [F32_BK * BN]);
+    constexpr int STAGE = F32_BK * (F32_BM + BN), STAGED = TRANSPOSED ? 0 : F32_BM * BN;
+    SMEM(float, shared, [STAGE > STAGED ? STAGE : STAGED]);
+    float *a = shared, *b = shared + F32_BK * F32_BM;
     int phase = blockIdx.z, first = p.first_tap[phase], last = p.first_tap[phase + 1];
     int n0 = int(blockIdx.x % p.tiles_n) * BN, m0 = int(blockIdx.x / p.tiles_n) * F32_BM, id = threadIdx.x;
     int total = (last - first) * (p.a_channels[0] + p.a_channels[1]);
@@ -60,6 +61,17 @@ template <int BN, bool TRANSPOSED> DEV void conv_gemm_f32(const ConvGemm& p) {
         for (int q = 0; q < FmaTile<BN>::HALVES; q++) {
             float v[4] = {tile.acc[i][4 * q], tile.acc[i][4 * q + 1], tile.acc[i][4 * q + 2], tile.acc[i][4 * q + 3]};
             put<float>(p, to, n0 + tile.column(4 * q), v);
+            if (!TRANSPOSED && p.sums) {
+                Vec<float, 4> quad;
+                for (int e = 0; e < 4; e++) quad[e] = v[e];
+                *reinterpret_cast<Vec<float, 4>*>(shared + staged(tile.row() + i, tile.column(4 * q), BN)) = quad;
+            }
         }
+    }
+    if (TRANSPOSED || !p.sums) return;
+    __syncthreads();
+    int column = id % BN;
+    for (int m = id / BN * PART_ROWS; m < F32_BM; m += F32_THREADS / BN * PART_ROWS) {
+        part_sums(p, phase, m0 + m, n0 + column, [&](int i) { return shared[staged(m + i, column, BN)]; });
     }
 }

@@ -39,9 +39,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) grad_norm_partial(double* 
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) grad_norm(float* norm, const double* partials, int64_t chunks) {
+// loss: (images), or null. With it a norm that is not finite stays so, and a loss that is not finite makes it so.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    grad_norm(float* norm, const double* partials, int64_t chunks, const float* loss, int64_t images) {
     double sum = 0.0;
     for (int64_t i = threadIdx.x; i < chunks; i += THREADS) sum += partials[i];
+    for (int64_t i = threadIdx.x; i < images; i += THREADS) {
+        if (!isfinite(loss[i])) sum = NAN;
+    }
     sum = block_sum(sum);
-    if (threadIdx.x == 0) norm[0] = float(sqrt(sum));
+    if (threadIdx.x == 0 && (!loss || isfinite(norm[0]))) norm[0] = float(sqrt(sum));
 }

@@ -100,9 +100,6 @@ DEV void noise(float* eps, const void* stored, int kind, const Images& images, i
     else draw(eps, Stream(images, kind, n, t), first, count);
 }
 
-// Is p a multiple of 16 bytes?
-DEV bool aligned(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
-
 // Copies count neighbouring elements between global and shared memory, 16 bytes at a time where the address allows.
 template <class T> DEV void copy_tile(T* to, const T* from, int count) {
     constexpr int N = 16 / sizeof(T);

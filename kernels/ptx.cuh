@@ -74,6 +74,13 @@ DEV uint32_t to_tf32(float x) {
     return r;
 }
 
+// 2^x to 2 ulp, one instruction; below 2^-126 it is 0.
+DEV float exp2_approx(float x) {
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+
 // Barriers 1 to 15 for whole warps of a block: `threads` counts those that arrive and those that wait.
 DEV void named_barrier_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 DEV void named_barrier_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }

@@ -153,11 +153,7 @@ pub fn save_parts(
     slots: &[Slot],
     mut read: impl FnMut(&str, usize) -> Result<Vec<f32>>,
 ) -> Result<()> {
-    let mut parts = Vec::with_capacity(families.len() * slots.len());
-    for family in families {
-        parts.extend(slots.iter().enumerate().map(|(i, s)| (format!("{family}.{}", s.name), family.as_str(), i)));
-    }
-    parts.sort();
+    let parts = parts(families, slots);
     let header = header(progress, parts.iter().map(|(name, _, i)| (name.as_str(), false, slots[*i].dims)));
     let tensors = parts.iter().map(|&(_, family, i)| {
         let values = read(family, i)?;
@@ -165,6 +161,16 @@ pub fn save_parts(
         Ok(Elements(values))
     });
     write_whole(path, &header, tensors)
+}
+
+/// Name, family and slot of every tensor, in the order of names.
+fn parts<'a>(families: &'a [String], slots: &[Slot]) -> Vec<(String, &'a str, usize)> {
+    let mut parts = Vec::with_capacity(families.len() * slots.len());
+    for family in families {
+        parts.extend(slots.iter().enumerate().map(|(i, s)| (format!("{family}.{}", s.name), family.as_str(), i)));
+    }
+    parts.sort();
+    parts
 }
 
 /// Length and JSON text of the header: metadata, then each tensor with its place, in the order of names.
@@ -277,6 +283,32 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
+    /// What [`save_parts`] would write, in memory instead of a file; `path` stands for it in messages.
+    ///
+    /// # Errors
+    /// Those of `read`; [`Error::Io`] without memory.
+    pub fn in_memory(
+        path: &Path,
+        progress: Progress,
+        families: &[String],
+        slots: &[Slot],
+        mut read: impl FnMut(&str, usize) -> Result<Vec<f32>>,
+    ) -> Result<Self> {
+        let parts = parts(families, slots);
+        let header = header(&progress, parts.iter().map(|(name, _, i)| (name.as_str(), false, slots[*i].dims)));
+        let len = header.len() + parts.iter().map(|(.., i)| 4 * slots[*i].len()).sum::<usize>();
+        let mut map = memmap2::MmapMut::map_anon(len).map_err(Error::io(path, "find memory for"))?;
+        map[..header.len()].copy_from_slice(&header);
+        let mut rest = &mut map[header.len()..];
+        for &(_, family, i) in &parts {
+            let (place, after) = rest.split_at_mut(4 * slots[i].len());
+            place.copy_from_slice(bytemuck::cast_slice(&read(family, i)?));
+            rest = after;
+        }
+        let map = map.make_read_only().map_err(Error::io(path, "read"))?;
+        Ok(Checkpoint { path: path.into(), map, progress })
+    }
+
     /// Opens the file at `path`.
     ///
     /// # Errors
@@ -327,6 +359,14 @@ impl Checkpoint {
             ));
         }
         self.region(&ema_prefix(rate), slots, len)
+    }
+
+    /// The first and the second moments of AdamW, as flat regions.
+    ///
+    /// # Errors
+    /// As [`Self::weights`].
+    pub fn moments(&self, slots: &[Slot], len: usize) -> Result<[Vec<f32>; 2]> {
+        Ok([self.region("adam_m", slots, len)?, self.region("adam_v", slots, len)?])
     }
 
     /// Whether the file holds moving averages beside the weights; an imported one may hold the weights alone.

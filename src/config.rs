@@ -85,6 +85,26 @@ pub enum TimestepSampler {
     LossSecondMoment,
 }
 
+/// Numbers of the network on CUDA: activations and the weights that products read. The processor computes in f32.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Precision {
+    /// bfloat16, with sums, statistics and master weights in f32.
+    #[default]
+    Bf16,
+    /// f32 throughout: slow, for checking.
+    F32,
+}
+
+impl Precision {
+    /// As the flag has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Precision::Bf16 => "bf16",
+            Precision::F32 => "f32",
+        }
+    }
+}
+
 /// The network (`UNetModel` of the reference).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ModelConfig {
@@ -129,6 +149,28 @@ pub struct ModelConfig {
     /// The class table has one row more, the last, which stands for no label: what guidance needs.
     #[serde(default)]
     pub null_class: bool,
+    /// Subtracted from the number of frequencies under their exponent: 0 here and in the reference, 1 in google/ddpm-*.
+    #[serde(default)]
+    pub freq_shift: f64,
+    /// A layout of files alone: diffusers keeps the first linear layer of this model with the columns of sines first.
+    #[serde(default)]
+    pub sine_first: bool,
+    /// Added to the variance in every group norm: 1e-5, in google/ddpm-* 1e-6.
+    #[serde(default = "norm_eps")]
+    pub norm_eps: f64,
+    /// Padding before the image where it is halved by a convolution: 1, or 0 with one behind it alone.
+    #[serde(default = "one")]
+    pub downsample_padding: usize,
+}
+
+/// The reference's [`ModelConfig::norm_eps`].
+fn norm_eps() -> f64 {
+    1e-5
+}
+
+/// The reference's [`ModelConfig::downsample_padding`].
+fn one() -> usize {
+    1
 }
 
 impl Default for ModelConfig {
@@ -152,6 +194,10 @@ impl Default for ModelConfig {
             resblock_updown: false,
             use_new_attention_order: false,
             null_class: false,
+            freq_shift: 0.0,
+            sine_first: false,
+            norm_eps: norm_eps(),
+            downsample_padding: one(),
         }
     }
 }
@@ -326,6 +372,9 @@ impl Config {
             ("num-head-channels", m.num_head_channels.map_or("-1".into(), |c| c.to_string())),
             ("resblock-updown", m.resblock_updown.to_string()),
             ("use-new-attention-order", m.use_new_attention_order.to_string()),
+            ("freq-shift", m.freq_shift.to_string()),
+            ("norm-eps", m.norm_eps.to_string()),
+            ("downsample-padding", m.downsample_padding.to_string()),
             ("learn-sigma", d.learns_variance().to_string()),
             ("sigma-small", (d.var_type == VarType::FixedSmall).to_string()),
             ("diffusion-steps", d.diffusion_steps.to_string()),

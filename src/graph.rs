@@ -4,6 +4,7 @@
 //! appends one [`Step`], [`crate::autograd`] appends more, [`crate::memory`] gives each value a place, and a
 //! [`crate::device`] runs the list.
 
+use crate::config::Precision;
 use crate::ops::{Cost, Op, Operation};
 use std::collections::HashSet;
 
@@ -106,11 +107,13 @@ pub enum Region {
     Inputs,
     /// What survives from run to run: drawn t, losses, the loss history.
     State,
+    /// The weights of products in bf16, laid out as `Params` at half the offsets: CUDA's copy of the weights in use.
+    Compute,
 }
 
 impl Region {
     /// All regions, in the order of their numbers.
-    pub const ALL: [Region; 8] = [
+    pub const ALL: [Region; 9] = [
         Region::Params,
         Region::Ema,
         Region::Grads,
@@ -119,11 +122,12 @@ impl Region {
         Region::Data,
         Region::Inputs,
         Region::State,
+        Region::Compute,
     ];
 
     /// Whether the region belongs to one plan rather than to the model.
     pub fn of_plan(self) -> bool {
-        matches!(self, Region::Inputs | Region::State)
+        matches!(self, Region::Inputs | Region::State | Region::Compute)
     }
 }
 
@@ -134,6 +138,16 @@ pub enum Place {
     Arena,
     /// At a byte offset of a region.
     Fixed(Region, usize),
+}
+
+impl Place {
+    /// The region, if it is one.
+    pub fn region(self) -> Option<Region> {
+        match self {
+            Place::Arena => None,
+            Place::Fixed(region, _) => Some(region),
+        }
+    }
 }
 
 /// One value: a tensor written by a step or by the host.
@@ -189,6 +203,16 @@ impl Source {
     }
 }
 
+/// What a plan is recorded for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Target {
+    /// The processor, in f32.
+    #[default]
+    Cpu,
+    /// A GPU or its emulation.
+    Cuda(Precision),
+}
+
 /// Values, steps and the sizes of the plan's own regions.
 #[derive(Clone, Debug, Default)]
 pub struct Graph {
@@ -198,8 +222,12 @@ pub struct Graph {
     pub steps: Vec<Step>,
     /// Parameter gradients already written by an earlier step, so that the next one adds.
     pub grads_written: HashSet<Val>,
+    /// What the plan is recorded for.
+    pub target: Target,
     /// Activations are bf16, for CUDA; otherwise f32.
     pub half: bool,
+    /// Convolutions also leave behind the statistics that the norm of their result needs: of use on CUDA.
+    pub epilogue_sums: bool,
     scope: String,
     region_bytes: [usize; Region::ALL.len()],
 }
@@ -208,9 +236,15 @@ pub struct Graph {
 pub const ALIGN: usize = 256;
 
 impl Graph {
-    /// An empty plan.
+    /// An empty plan for the processor.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// An empty plan for `target`; for CUDA with statistics from convolutions.
+    pub fn on(target: Target) -> Self {
+        let (half, epilogue_sums) = (target == Target::Cuda(Precision::Bf16), target != Target::Cpu);
+        Graph { target, half, epilogue_sums, ..Self::default() }
     }
 
     /// Names the module that the next steps belong to.
@@ -225,14 +259,23 @@ impl Graph {
 
     /// A new value in the arena of the type of activations: f32, or bf16 where the plan is recorded for it.
     pub fn activation(&mut self, name: &str, shape: Shape) -> Val {
-        let dtype = if self.half { DType::Bf16 } else { DType::F32 };
-        self.value(name, shape, dtype, Place::Arena)
+        self.value(name, shape, self.float(), Place::Arena)
+    }
+
+    /// The type of activations.
+    pub fn float(&self) -> DType {
+        if self.half { DType::Bf16 } else { DType::F32 }
     }
 
     /// A new value in the arena of the size and type of `v`.
     pub fn like(&mut self, name: &str, v: Val) -> Val {
         let Value { shape, dtype, .. } = self[v];
         self.value(name, shape, dtype, Place::Arena)
+    }
+
+    /// A new value in the arena of the type of `v`.
+    pub fn shaped_like(&mut self, name: &str, v: Val, shape: Shape) -> Val {
+        self.value(name, shape, self[v].dtype, Place::Arena)
     }
 
     /// A new value at the end of `region`.
@@ -293,15 +336,25 @@ impl Graph {
     /// The gradient of parameter `p`, and whether an earlier step has written it (the next one must add).
     pub fn grad_of(&mut self, p: Val) -> (Val, bool) {
         let value = self[p].clone();
-        let Place::Fixed(Region::Params, at) = value.place else { panic!("{} is no parameter", value.name) };
+        let at = match value.place {
+            Place::Fixed(Region::Params, at) => at,
+            Place::Fixed(Region::Compute, at) => 2 * at,
+            _ => panic!("{} is no parameter", value.name),
+        };
         let accumulate = !self.grads_written.insert(p);
         self.region_bytes[Region::Grads as usize] = self.region_bytes[Region::Params as usize];
         (self.at(&format!("d {}", value.name), value.shape, DType::F32, Region::Grads, at), accumulate)
     }
 
-    /// Whether `v` is a parameter.
+    /// Whether `v` is a parameter, or the bf16 copy of one.
     pub fn is_param(&self, v: Val) -> bool {
-        matches!(self[v].place, Place::Fixed(Region::Params, _))
+        matches!(self[v].place, Place::Fixed(Region::Params | Region::Compute, _))
+    }
+
+    /// Bytes that the kernels of the list write to scratch memory and read again: partial sums, folded weights. The steps share
+    /// that memory, one after the other, and a GPU's cache can hold it; it is not part of [`Graph::cost`].
+    pub fn scratch_traffic(&self) -> f64 {
+        self.steps.iter().map(|s| 2.0 * s.op.workspace(self) as f64).sum()
     }
 
     /// FLOPs and bytes of the whole list.

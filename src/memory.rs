@@ -4,7 +4,7 @@
 //! lowest offset that no value alive at the same time occupies (greedy by size). With `reuse` off every value
 //! has bytes of its own; results are the same to the bit.
 
-use crate::graph::{ALIGN, Graph, Place};
+use crate::graph::{ALIGN, Graph, Place, Target};
 use crate::ops::Operation;
 
 /// Where everything of a plan lies in its arena.
@@ -12,7 +12,7 @@ use crate::ops::Operation;
 pub struct Layout {
     /// Byte offset of each value (of no meaning for fixed values).
     pub offsets: Vec<usize>,
-    /// Byte offset of each step's scratch space.
+    /// Byte offset of each step's scratch space, which only the processor has in the arena.
     pub scratch: Vec<usize>,
     /// Bytes of the arena.
     pub bytes: usize,
@@ -62,7 +62,8 @@ fn lifetimes(g: &Graph) -> Vec<Block> {
         }
     }
     for (i, step) in g.steps.iter().enumerate() {
-        let bytes = (step.op.scratch(g) * 4).next_multiple_of(ALIGN);
+        let scratch = if g.target == Target::Cpu { step.op.scratch(g) } else { 0 };
+        let bytes = (scratch * 4).next_multiple_of(ALIGN);
         blocks.push(Block { first: i, last: i, bytes, offset: 0 });
     }
     blocks

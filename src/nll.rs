@@ -4,10 +4,11 @@
 //! depend on batch size or threads. A batch of the plan holds any pairs of image and t.
 
 use crate::config::{DiffusionConfig, ModelConfig};
+use crate::device::ring::{Page, Ring};
 use crate::device::{Device, Plan, PlanId};
 use crate::diffusion::{self, Objective};
 use crate::error::{Error, Result};
-use crate::graph::{DType, Graph, Region, Shape, Val};
+use crate::graph::{DType, Graph, Region, Shape, Target, Val};
 use crate::ops::Control;
 use crate::ops::q_sample::{Images, Noise, QSample};
 use crate::ops::vb_terms::VbTerms;
@@ -52,18 +53,24 @@ pub fn mean_and_interval(x: &[f64]) -> (f64, f64) {
 /// A plan of noising, network and terms, bound to a device.
 pub struct Nll {
     id: PlanId,
+    vals: Vals,
+    batch: usize,
+    classes: Option<usize>,
+    process: Arc<Process>,
+    rescale: bool,
+    seed: u64,
+}
+
+/// The values that the plan is steered and read by.
+struct Vals {
     data: Val,
     index: Val,
     t: Val,
     time: Val,
     labels: Option<Val>,
     control: Val,
+    /// vb, and the squared errors of x_0 and eps.
     terms: [Val; 3],
-    batch: usize,
-    classes: Option<usize>,
-    process: Arc<Process>,
-    rescale: bool,
-    seed: u64,
 }
 
 /// Images to evaluate: bytes (n, h, w, c), and classes where the model has them.
@@ -95,29 +102,20 @@ impl Nll {
             return Err(Error::Config("bits/dim of a model of super-resolution are not defined here".into()));
         }
         let process = Arc::new(Process::from_config(diffusion)?);
-        let mut g = Graph::new();
-        let vals = params.declare(&mut g);
-        let rows = Shape::rows(settings.batch, 1);
-        let size = Shape::new(images, model.image_size, model.image_size, model.in_channels);
-        let data = g.at("data", size, DType::U8, Region::Data, 0);
-        let control = g.fixed("control", Shape::rows(1, 16), DType::I32, Region::Inputs);
-        let index = g.fixed("index", rows, DType::I32, Region::Inputs);
-        let t = g.fixed("t", rows, DType::I32, Region::Inputs);
-        let time = g.fixed("time", rows, DType::F32, Region::Inputs);
-        let labels = model.num_classes.map(|_| g.fixed("labels", rows, DType::I32, Region::Inputs));
-        let terms = ["vb", "x_0_mse", "eps_mse"].map(|name| g.fixed(name, rows, DType::F32, Region::State));
-        let batch = Images { data, index, flip: false, first_image: 0, control };
-        let noise = Noise::PerImage;
-        let x_t = QSample::record(&mut g, batch.clone(), t, noise, process.clone());
-        let out = unet::record(&mut g, model, &vals, x_t.into(), time, labels, None).out;
-        let ([vb, x_0_mse, eps_mse], clip) = (terms, settings.clip);
-        let (objective, process_) = (Objective::from_config(diffusion), process.clone());
-        g.scope("bound");
-        g.push(VbTerms { vb, x_0_mse, eps_mse, out, images: batch, noise, t, objective, clip, process: process_ });
-        let id = device.bind(Plan::new(g, true))?;
+        let target = device.target();
+        let record = |batch: usize| {
+            let settings = NllSettings { batch, ..settings.clone() };
+            record(model, diffusion, params, images, &settings, &process, target)
+        };
+        let (g, vals) = record(settings.batch);
+        let plan = Plan::new(g, true);
+        let smaller = |n| Ok(Plan::new(record(n).0, true));
+        device.check_room("the evaluation", &plan, ("--batch-size", settings.batch), smaller)?;
+        let id = device.bind(plan)?;
+        device.capture(id)?;
         let (batch, classes, rescale, seed) =
             (settings.batch, model.num_classes, diffusion.rescale_timesteps, settings.seed);
-        Ok(Nll { id, data, index, t, time, labels, control, terms, batch, classes, process, rescale, seed })
+        Ok(Nll { id, vals, batch, classes, process, rescale, seed })
     }
 
     /// The bound plan, to choose its weights.
@@ -135,11 +133,9 @@ impl Nll {
         images: Evaluated,
         each: &mut dyn FnMut(usize, usize) -> Result<()>,
     ) -> Result<NllReport> {
-        let n = device.plan(self.id).graph.shape(self.data).n;
+        let n = device.plan(self.id).graph.shape(self.vals.data).n;
         self.check_labels(images, n)?;
-        device.write(self.id, self.data, images.pixels)?;
-        let control = Control { seed: self.seed, ..Control::default() };
-        device.write(self.id, self.control, bytemuck::bytes_of(&control))?;
+        device.write(self.id, self.vals.data, images.pixels)?;
         let steps = self.process.steps();
         let mut report = NllReport {
             prior_bpd: self.priors(images.pixels, n),
@@ -150,44 +146,61 @@ impl Nll {
         };
         report.total_bpd.copy_from_slice(&report.prior_bpd);
         let all = n * steps;
-        let mut values = [const { Vec::new() }; 3];
+        let mut ring = Ring::new(device, self.id)?;
         for first in (0..all).step_by(self.batch) {
-            let pairs: Vec<(usize, usize)> =
-                (first..first + self.batch).map(|k| k.min(all - 1)).map(|k| (k / steps, k % steps)).collect();
-            self.run_pairs(device, &pairs, images.labels, &mut values)?;
-            for (slot, &(image, t)) in pairs.iter().enumerate().take(all - first) {
-                let [vb, x_0_mse, eps_mse] = [0, 1, 2].map(|k: usize| f64::from(values[k][slot]));
-                report.total_bpd[image] += vb;
-                report.vb_bpd[t] += vb / n as f64;
-                report.x_0_mse[t] += x_0_mse / n as f64;
-                report.eps_mse[t] += eps_mse / n as f64;
+            if ring.is_full() {
+                self.take(device, &mut ring, &mut report, each)?;
             }
-            each((first + self.batch).min(all), all)?;
+            self.fill(&device.plan(self.id).graph, ring.page(), first, images.labels, all);
+            ring.start(device, first)?;
+        }
+        while !ring.is_empty() {
+            self.take(device, &mut ring, &mut report, each)?;
         }
         Ok(report)
     }
 
-    fn run_pairs(
+    /// Image and t of the pair `k`: all t of one image follow one another.
+    fn pair(&self, k: usize) -> (usize, usize) {
+        (k / self.process.steps(), k % self.process.steps())
+    }
+
+    /// Writes the inputs of the batch of pairs from `first` on; one that is not full is filled up with the last of `all`.
+    fn fill(&self, g: &Graph, page: &mut Page, first: usize, labels: Option<&[i32]>, all: usize) {
+        let pairs = || (first..first + self.batch).map(|k| self.pair(k.min(all - 1)));
+        let mut column = |v: Val, f: &dyn Fn((usize, usize)) -> i32| {
+            page.input_mut::<i32>(g, v).iter_mut().zip(pairs()).for_each(|(x, pair)| *x = f(pair));
+        };
+        column(self.vals.index, &|(image, _)| image as i32);
+        column(self.vals.t, &|(_, t)| t as i32);
+        if let (Some(v), Some(labels)) = (self.vals.labels, labels) {
+            column(v, &|(image, _)| labels[image]);
+        }
+        let times = page.input_mut::<f32>(g, self.vals.time).iter_mut().zip(pairs());
+        times.for_each(|(x, (_, t))| *x = self.process.time_value(t, self.rescale));
+        page.input_mut::<Control>(g, self.vals.control)[0] = Control { seed: self.seed, ..Control::default() };
+    }
+
+    /// Waits for the oldest batch in flight and adds its terms.
+    fn take(
         &self,
-        device: &mut Device,
-        pairs: &[(usize, usize)],
-        labels: Option<&[i32]>,
-        values: &mut [Vec<f32>; 3],
+        device: &Device,
+        ring: &mut Ring<usize>,
+        report: &mut NllReport,
+        each: &mut dyn FnMut(usize, usize) -> Result<()>,
     ) -> Result<()> {
-        let column = |f: &dyn Fn(&(usize, usize)) -> i32| pairs.iter().map(f).collect::<Vec<i32>>();
-        device.write(self.id, self.index, &column(&|p| p.0 as i32))?;
-        device.write(self.id, self.t, &column(&|p| p.1 as i32))?;
-        let time: Vec<f32> = pairs.iter().map(|p| self.process.time_value(p.1, self.rescale)).collect();
-        device.write(self.id, self.time, &time)?;
-        if let (Some(v), Some(labels)) = (self.labels, labels) {
-            device.write(self.id, v, &column(&|p| labels[p.0]))?;
+        let Some((first, page)) = ring.take(true)? else { return Ok(()) };
+        let (n, all) = (report.total_bpd.len(), report.total_bpd.len() * self.process.steps());
+        let done = (first + self.batch).min(all);
+        let terms = self.vals.terms.map(|v| page.state::<f32>(&device.plan(self.id).graph, v));
+        for (slot, k) in (first..done).enumerate() {
+            let ((image, t), [vb, x_0_mse, eps_mse]) = (self.pair(k), terms.map(|x| f64::from(x[slot])));
+            report.total_bpd[image] += vb;
+            report.vb_bpd[t] += vb / n as f64;
+            report.x_0_mse[t] += x_0_mse / n as f64;
+            report.eps_mse[t] += eps_mse / n as f64;
         }
-        device.run(self.id)?;
-        for (v, values) in self.terms.iter().zip(values) {
-            values.resize(self.batch, 0.0);
-            device.read(self.id, *v, values)?;
-        }
-        Ok(())
+        each(done, all)
     }
 
     fn priors(&self, pixels: &[u8], n: usize) -> Vec<f64> {
@@ -208,4 +221,36 @@ impl Nll {
             None => Ok(()),
         }
     }
+}
+
+/// Records the evaluation of a batch of pairs out of `images` images.
+fn record(
+    model: &ModelConfig,
+    diffusion: &DiffusionConfig,
+    params: &Params,
+    images: usize,
+    settings: &NllSettings,
+    process: &Arc<Process>,
+    target: Target,
+) -> (Graph, Vals) {
+    let mut g = Graph::on(target);
+    let weights = params.declare(&mut g);
+    let rows = Shape::rows(settings.batch, 1);
+    let size = Shape::new(images, model.image_size, model.image_size, model.in_channels);
+    let data = g.at("data", size, DType::U8, Region::Data, 0);
+    let control = g.fixed("control", Shape::rows(1, 16), DType::I32, Region::Inputs);
+    let index = g.fixed("index", rows, DType::I32, Region::Inputs);
+    let t = g.fixed("t", rows, DType::I32, Region::Inputs);
+    let time = g.fixed("time", rows, DType::F32, Region::Inputs);
+    let labels = model.num_classes.map(|_| g.fixed("labels", rows, DType::I32, Region::Inputs));
+    let terms = ["vb", "x_0_mse", "eps_mse"].map(|name| g.fixed(name, rows, DType::F32, Region::State));
+    let batch = Images { data, index, flip: false, first_image: 0, control };
+    let noise = Noise::PerImage;
+    let x_t = QSample::record(&mut g, batch.clone(), t, noise, process.clone());
+    let out = unet::record(&mut g, model, &weights, x_t.into(), time, labels, None).out;
+    let ([vb, x_0_mse, eps_mse], clip) = (terms, settings.clip);
+    let (objective, process) = (Objective::from_config(diffusion), process.clone());
+    g.scope("bound");
+    g.push(VbTerms { vb, x_0_mse, eps_mse, out, images: batch, noise, t, objective, clip, process });
+    (g, Vals { data, index, t, time, labels, control, terms })
 }

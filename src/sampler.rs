@@ -18,6 +18,7 @@ use crate::ops::p_sample::{Pass, Reverse};
 use crate::schedule::Process;
 use crate::unet::Params;
 use plan::Vals;
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 /// How pictures are made.
@@ -71,6 +72,9 @@ impl SampleSettings {
         if self.guidance.is_some() { 2 } else { 1 }
     }
 }
+
+/// Calls of the network that are started before the oldest of them has ended.
+const AHEAD: usize = 8;
 
 /// A sampling plan bound to a device.
 pub struct Sampler {
@@ -143,9 +147,14 @@ impl Sampler {
             )));
         }
         let process = Arc::new(Process::from_config(diffusion)?);
-        let (g, vals) = plan::record(model, diffusion, params, settings, &process);
+        let target = device.target();
+        let (g, vals) = plan::record(model, diffusion, params, settings, &process, target);
         let shape = Shape { n: settings.batch, ..g.shape(vals.x) };
-        let id = device.bind(Plan::new(g, true))?;
+        let whole = Plan::new(g, true);
+        let smaller = |batch| plan(model, diffusion, params, &SampleSettings { batch, ..settings.clone() }, target);
+        device.check_room("sampling", &whole, ("--batch-size", settings.batch), smaller)?;
+        let id = device.bind(whole)?;
+        device.capture(id)?;
         Ok(Sampler {
             id,
             vals,
@@ -252,6 +261,7 @@ impl Sampler {
         self.check_labels(pictures)?;
         let steps = self.steps();
         let total = pictures.seeds.len().div_ceil(self.shape.n) * steps;
+        let mut flight = VecDeque::new();
         let mut images = Vec::with_capacity(pictures.seeds.len() * self.shape.len() / self.shape.n);
         for (batch, seeds) in pictures.seeds.chunks(self.shape.n).enumerate() {
             let first = batch * self.shape.n;
@@ -263,6 +273,11 @@ impl Sampler {
             let mut done = batch * steps;
             for pass in &self.passes {
                 self.pass(device, pass)?;
+                // The host runs a little ahead of the device, so that what is told of the walk stays true.
+                flight.push_back(device.mark()?);
+                if flight.len() > AHEAD {
+                    flight.pop_front().map_or(Ok(()), |mark| mark.wait())?;
+                }
                 if pass.completes {
                     done += 1;
                     each(&Walk { device, sampler: self, pictures: seeds.len(), first, done, total })?;
@@ -303,7 +318,10 @@ impl Sampler {
             }
             words.extend([seed as u32, (seed >> 32) as u32]);
         }
-        device.write(self.id, self.vals.x, &x.repeat(self.copies))?;
+        let x = x.repeat(self.copies);
+        for v in [Some(self.vals.x), self.vals.copy].into_iter().flatten() {
+            device.write_f32(self.id, v, &x)?;
+        }
         device.write(self.id, self.vals.seeds, &words)?;
         if let (Some(v), Some(labels)) = (self.vals.labels, labels) {
             let with = (0..self.shape.n).map(|n| labels[at(n)]);
@@ -320,7 +338,7 @@ impl Sampler {
         for (n, out) in all.chunks_exact_mut(self.shape.len() / self.shape.n).enumerate() {
             low_res.enlarge((first + n) % low_res.len(), self.shape.h, out);
         }
-        device.write(self.id, v, &all.repeat(self.copies))
+        device.write_f32(self.id, v, &all.repeat(self.copies))
     }
 
     /// One call of the network and the row of the sampler's table that follows.

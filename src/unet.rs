@@ -51,6 +51,29 @@ pub struct Activations {
     /// Every layer between the embedding and the last norm, in order.
     layers: Vec<RecordedLayer>,
     projected: Val,
+    variant: Variant,
+}
+
+/// What differs between relatives of the reference's network, for all layers alike.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Variant {
+    /// Added to the variance in group norms.
+    pub norm_eps: f32,
+    /// The convolutions that halve an image have their padding behind it alone.
+    pub pad_behind: bool,
+}
+
+impl Variant {
+    /// That of `config`.
+    pub fn of(config: &ModelConfig) -> Self {
+        Variant { norm_eps: config.norm_eps as f32, pad_behind: config.downsample_padding == 0 }
+    }
+}
+
+impl Default for Variant {
+    fn default() -> Self {
+        Variant::of(&ModelConfig::default())
+    }
 }
 
 /// One layer as it was recorded.
@@ -77,7 +100,8 @@ pub fn record(
     let a = Architecture::new(config);
     let emb = time_embedding(g, config, params, t, labels);
     let projected = project(g, params, emb);
-    let mut r = Recorder::new(g, params, projected, dropout);
+    let variant = Variant::of(config);
+    let mut r = Recorder { variant, ..Recorder::new(g, params, projected, dropout) };
     let mut input = Vec::new();
     for block in &a.input {
         input.push(r.block(block, input.last().map_or(x, |&h: &Val| h.into())));
@@ -91,9 +115,9 @@ pub fn record(
     }
     r.g.scope("out");
     let h = *output.last().expect("there is an output block");
-    let h = r.norm("out.0", h.into(), NormOptions { silu: true, ..NormOptions::default() });
+    let h = r.norm("out.0", h.into(), NormOptions { silu: true, ..r.norm_options() });
     let out = r.conv("out.2", h.into(), ConvOptions::default());
-    Activations { out, emb, input, middle, output, layers: r.layers, projected }
+    Activations { out, emb, input, middle, output, layers: r.layers, projected, variant }
 }
 
 /// Appends the gradients of the recorded `steps` of the network, computing the inside of each residual block anew instead
@@ -121,7 +145,8 @@ pub fn backward_with_recompute(
         let first = tape.g.steps.len();
         let g = &mut *tape.g;
         g.scope(l.name.as_str());
-        let y = Recorder::new(g, params, net.projected, dropout).res_block(&l.name, block, l.x);
+        let recorder = Recorder::new(g, params, net.projected, dropout);
+        let y = Recorder { variant: net.variant, ..recorder }.res_block(&l.name, block, l.x);
         let last = tape.g.steps.len();
         tape.need(first..last);
         tape.start(y, dy);
@@ -135,7 +160,7 @@ pub fn backward_with_recompute(
 /// The embedding of time and label, (n, 4 base).
 fn time_embedding(g: &mut Graph, config: &ModelConfig, params: &ParamVals, t: Val, labels: Option<Val>) -> Val {
     g.scope("time_embed");
-    let e = TimestepEmbedding::record(g, t, config.model_channels);
+    let e = TimestepEmbedding::record(g, t, config.model_channels, max_period(config));
     let (w, b) = params.pair("time_embed.0");
     let e = Linear::record(g, e, w, b);
     let e = Silu::record(g, e);
@@ -146,6 +171,12 @@ fn time_embedding(g: &mut Graph, config: &ModelConfig, params: &ParamVals, t: Va
         e = Embedding::record(g, e, params.get("label_emb.weight"), labels);
     }
     e
+}
+
+/// Longest period of the time embedding: 10000^(-k / (half - shift)) is P^(-k / half) with P = 10000^(half / (half - shift)).
+fn max_period(config: &ModelConfig) -> f32 {
+    let half = (config.model_channels / 2) as f64;
+    10_000f64.powf(half / (half - config.freq_shift)) as f32
 }
 
 /// SiLU and every residual block's projection of the embedding `e` (n, emb).
@@ -166,13 +197,15 @@ pub struct Recorder<'a> {
     pub projected: Val,
     /// Dropout, in training.
     pub dropout: Option<DropoutRun>,
+    /// Differences from the reference's network.
+    pub variant: Variant,
     layers: Vec<RecordedLayer>,
 }
 
 impl<'a> Recorder<'a> {
     /// A recorder of layers that read their columns of `projected`.
     pub fn new(g: &'a mut Graph, params: &'a ParamVals, projected: Val, dropout: Option<DropoutRun>) -> Self {
-        Recorder { g, params, projected, dropout, layers: Vec::new() }
+        Recorder { g, params, projected, dropout, variant: Variant::default(), layers: Vec::new() }
     }
 
     fn block(&mut self, block: &Block, mut x: Source) -> Val {
@@ -194,7 +227,8 @@ impl<'a> Recorder<'a> {
             Layer::Res(b) => self.res_block(name, b, x),
             Layer::Attention { heads, order, .. } => self.attention(name, x.a, *heads, *order),
             Layer::Downsample { conv: true, .. } => {
-                self.conv(&format!("{name}.op"), x, ConvOptions { downsample: true, ..ConvOptions::default() })
+                let o = ConvOptions { downsample: true, pad_behind: self.variant.pad_behind, ..ConvOptions::default() };
+                self.conv(&format!("{name}.op"), x, o)
             }
             Layer::Downsample { conv: false, .. } => AvgPool::record(self.g, x.a),
             Layer::Upsample { conv: true, .. } => {
@@ -202,6 +236,10 @@ impl<'a> Recorder<'a> {
             }
             Layer::Upsample { conv: false, .. } => Upsample::record(self.g, x.a),
         }
+    }
+
+    fn norm_options(&self) -> NormOptions {
+        NormOptions { eps: self.variant.norm_eps, ..NormOptions::default() }
     }
 
     fn norm(&mut self, name: &str, x: Source, o: NormOptions) -> Val {
@@ -216,7 +254,7 @@ impl<'a> Recorder<'a> {
 
     fn res_block(&mut self, name: &str, b: &ResBlock, x: Source) -> Val {
         let columns = Some((self.projected, b.column));
-        let h = self.norm(&format!("{name}.in_layers.0"), x, NormOptions { silu: true, ..NormOptions::default() });
+        let h = self.norm(&format!("{name}.in_layers.0"), x, NormOptions { silu: true, ..self.norm_options() });
         let shift = if b.scale_shift { None } else { columns };
         let h = if b.resample == Resample::Down { AvgPool::record(self.g, h) } else { h };
         let o = ConvOptions { shift, upsample: b.resample == Resample::Up, ..ConvOptions::default() };
@@ -228,7 +266,8 @@ impl<'a> Recorder<'a> {
             control: d.control,
         });
         let scale_shift = if b.scale_shift { columns } else { None };
-        let h = self.norm(&format!("{name}.out_layers.0"), h.into(), NormOptions { silu: true, scale_shift, dropout });
+        let o = NormOptions { silu: true, scale_shift, dropout, ..self.norm_options() };
+        let h = self.norm(&format!("{name}.out_layers.0"), h.into(), o);
         let skip = if b.c == b.oc {
             assert!(x.b.is_none(), "{name}: a skip of two parts has a convolution");
             match b.resample {
@@ -244,7 +283,7 @@ impl<'a> Recorder<'a> {
     }
 
     fn attention(&mut self, name: &str, x: Val, heads: usize, order: QkvOrder) -> Val {
-        let h = self.norm(&format!("{name}.norm"), x.into(), NormOptions::default());
+        let h = self.norm(&format!("{name}.norm"), x.into(), self.norm_options());
         let qkv = self.conv(&format!("{name}.qkv"), h.into(), ConvOptions::default());
         let h = Attention::record(self.g, qkv, heads, order);
         let o = ConvOptions { residual: Some(x), ..ConvOptions::default() };

@@ -36,10 +36,11 @@ struct Kind {
 pub fn kernels(record: &mut Record, list: &[Named], open: Open, effort: &Effort, ceilings: &Ceilings) -> Result<()> {
     for Named { name, config } in list {
         let images = configs::images(config)?;
-        let (plan, vals, params) = train::plan_of(config, images.n, true)?;
+        let device = open()?;
+        let (plan, vals, params) = train::plan_of(config, images.n, true, device.target())?;
         let (graph, kinds) = distinct(plan.graph, config, vals.control);
         eprintln!("{name}: {} distinct ops", kinds.len());
-        let mut step = TrainingStep::bind(config, &images, Plan::new(graph, false), vals, &params, open)?;
+        let mut step = TrainingStep::bind(config, &images, Plan::new(graph, false), vals, &params, device)?;
         fill(&mut step, config.train.seed)?;
         let rounds = Rounds::measure(&mut step, effort)?;
         record.add(table(name, config.train.batch_size, step.graph(), &kinds, &rounds, ceilings));

@@ -46,11 +46,12 @@ impl TrainingStep {
     /// Settings that do not fit together, or memory that cannot be had.
     pub fn new(config: &Config, open: Open) -> Result<Self> {
         let images = configs::images(config)?;
-        let (plan, vals, params) = train::plan_of(config, images.n, true)?;
-        Self::bind(config, &images, plan, vals, &params, open)
+        let device = open()?;
+        let (plan, vals, params) = train::plan_of(config, images.n, true, device.target())?;
+        Self::bind(config, &images, plan, vals, &params, device)
     }
 
-    /// Binds `plan`, which may be another list over the values of a training step, and fills its inputs.
+    /// Binds to `device` a `plan`, which may be another list over the values of a training step, and fills its inputs.
     ///
     /// # Errors
     /// Memory that cannot be had.
@@ -60,10 +61,9 @@ impl TrainingStep {
         plan: Plan,
         vals: TrainVals,
         params: &Params,
-        open: Open,
+        mut device: Device,
     ) -> Result<Self> {
-        train::check_memory(plan.bytes())?;
-        let mut device = open()?;
+        train::memory::check(config, &device, &plan)?;
         let planned = plan.bytes();
         let id = device.bind(plan)?;
         device.write_region(Region::Data, &images.pixels)?;

@@ -42,8 +42,9 @@ impl Walks {
         let mut diffusion = config.diffusion.clone();
         diffusion.timestep_respacing = WALK.to_string();
         let settings = SampleSettings { reverse, batch, ..SampleSettings::default() };
-        let flops = sampler::plan(&config.model, &diffusion, &params, &settings)?.graph.cost().flops;
         let mut device = open()?;
+        let plan = sampler::plan(&config.model, &diffusion, &params, &settings, device.target())?;
+        let flops = plan.graph.cost().flops;
         device.write_region(Region::Params, &weights(&params, config.train.seed))?;
         let sampler = Sampler::new(&mut device, &config.model, &diffusion, &params, &settings)?;
         let seeds = (0..batch as u64).collect();

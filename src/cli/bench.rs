@@ -1,14 +1,13 @@
 //! `iddpm bench`: measurements, each in [`crate::bench`].
 
-use super::{DeviceKind, Global};
+use super::Global;
 use crate::bench::ceilings::Ceilings;
 use crate::bench::configs::{self, Named};
 use crate::bench::record::Record;
 use crate::bench::timing::Effort;
 use crate::bench::{kernels, run, sample, serve, startup, step};
-use crate::device::Device;
 use crate::error::{Error, Result};
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{Args, Subcommand};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::PathBuf;
@@ -121,10 +120,7 @@ const SMALL: [&str; 4] = ["t1", "t2", "t3", "t4"];
 /// # Errors
 /// Those of the measurement.
 pub fn main(command: &BenchCommand, global: &Global) -> Result<()> {
-    let threads = global.threads.unwrap_or(0);
-    let open = || match global.device {
-        DeviceKind::Cpu => Device::cpu(threads),
-    };
+    let open = || global.open_device();
     let (name, args) = match command {
         BenchCommand::Step(a) => ("step", a),
         BenchCommand::Kernels(a) => ("kernels", a),
@@ -144,8 +140,8 @@ pub fn main(command: &BenchCommand, global: &Global) -> Result<()> {
         File::options().create(true).append(true).open(path).map_err(Error::io(path, "write"))?;
     }
     let device = open()?;
-    let kind = global.device.to_possible_value().map_or_else(String::new, |v| v.get_name().to_string());
-    let mut flags = vec!["--device".to_string(), kind.clone()];
+    let kind = global.device.kind().to_string();
+    let mut flags = global.device.given();
     flags.extend(global.threads.map(|n| format!("--threads={n}")));
     // Seconds and bytes of a process are compared with nothing that the machine could do at most.
     let whole = matches!(command, BenchCommand::Startup(_) | BenchCommand::Memory(_));

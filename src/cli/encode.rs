@@ -58,7 +58,7 @@ pub fn main(a: &EncodeArgs, g: &Global) -> Result<()> {
         ..SampleSettings::default()
     };
     settings.validate()?;
-    let mut model = open_model(&a.model_path, a.ema_rate, g.threads)?;
+    let mut model = open_model(&a.model_path, &a.model, a.ema_rate, g)?;
     let config = model.checkpoint.progress.config.clone();
     let path = model.checkpoint.path().to_path_buf();
     let mut asked = config.clone();

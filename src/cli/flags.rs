@@ -76,6 +76,15 @@ pub struct ModelFlags {
     /// Learned resampling, rather than average pooling and plain enlargement
     #[arg(long, value_name = BOOL, help_heading = "Network")]
     pub conv_resample: Option<bool>,
+    /// Subtracted from the number of frequencies of the time embedding under their exponent; google/ddpm-*: 1
+    #[arg(long, help_heading = "Network")]
+    pub freq_shift: Option<f64>,
+    /// Added to the variance in group norms; google/ddpm-*: 1e-6
+    #[arg(long, help_heading = "Network")]
+    pub norm_eps: Option<f64>,
+    /// Padding before the image where a convolution halves it, 1 or 0; google/ddpm-*: 0
+    #[arg(long, help_heading = "Network")]
+    pub downsample_padding: Option<usize>,
     /// Learn the variance of the reverse step
     #[arg(long, value_name = BOOL, help_heading = "Diffusion")]
     pub learn_sigma: Option<bool>,
@@ -186,6 +195,7 @@ impl ModelFlags {
             Some(sizes) => sizes.iter().map(|s| factor(s).ok_or_else(|| m.no_such_level(*s))).collect::<Result<_>>()?,
             None => pixels.iter().filter_map(factor).collect(),
         };
+        m.attention_resolutions.sort_unstable();
         if let Some(size) = self.small_size {
             m.low_res = usize::try_from(size).ok();
         }
@@ -207,6 +217,9 @@ impl ModelFlags {
         set(&mut m.dropout, &self.dropout);
         set(&mut m.use_scale_shift_norm, &self.use_scale_shift_norm);
         set(&mut m.conv_resample, &self.conv_resample);
+        set(&mut m.freq_shift, &self.freq_shift);
+        set(&mut m.norm_eps, &self.norm_eps);
+        set(&mut m.downsample_padding, &self.downsample_padding);
         match self.class_cond {
             Some(true) => m.num_classes = m.num_classes.or(Some(c.data.classes.len())),
             Some(false) => (m.num_classes, m.null_class) = (None, false),

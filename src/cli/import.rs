@@ -5,8 +5,8 @@
 //! noised batch runs through the network.
 
 use super::flags::ModelFlags;
-use super::{Global, import_check};
-use crate::checkpoint::{self, Progress};
+use super::{Global, create_folder, import_check};
+use crate::checkpoint::{self, Checkpoint, Progress};
 use crate::config::Config;
 use crate::config::preset::{self, PRESETS};
 use crate::error::{Error, Result};
@@ -24,8 +24,9 @@ pub struct ImportArgs {
     /// model*.pt, with ema_*.pt and opt*.pt beside it if wanted; or a .safetensors state dict; or a diffusers folder
     #[arg(required = true, value_name = "PATH")]
     files: Vec<PathBuf>,
-    /// Checkpoint to write [default: the name of the first file with .safetensors, in --out or here]
-    #[arg(long, value_name = "FILE")]
+    /// Checkpoint to write, or a folder with / at its end for a run to go on with [default: the name of the first file
+    /// with .safetensors, in --out or here]
+    #[arg(long, value_name = "PATH")]
     to: Option<PathBuf>,
     /// Configuration that the model was trained with: cifar10, imagenet64, …; the flags below change it
     #[arg(long)]
@@ -53,7 +54,7 @@ struct Inputs {
 /// [`Error::Checkpoint`] for files that cannot be used, [`Error::Config`] for settings that are missing or do not fit
 /// them, [`Error::Io`]. Nothing is written then.
 pub fn main(a: &ImportArgs, g: &Global) -> Result<()> {
-    let to = a.destination(g)?;
+    a.destination(g, None)?;
     let inputs = Inputs::open(&a.files)?;
     let mut config = a.config(&inputs.model)?;
     if !inputs.averages.is_empty() {
@@ -76,11 +77,36 @@ pub fn main(a: &ImportArgs, g: &Global) -> Result<()> {
         describe(&config, &["diffusion-steps", "noise-schedule", "learn-sigma", "rescale-timesteps"])
     );
     let check = import_check::Check { config: &config, params: &params, images: a.check_images.as_deref() };
-    println!("check     {}", check.run(g.threads.unwrap_or(0), |i| inputs.read(&config, &params, "model", i))?);
+    println!("check     {}", check.run(g.open_device()?, |i| inputs.read(&config, &params, "model", i))?);
+    let to = a.destination(g, Some(step))?;
     inputs.save(&to, config, &params, step)?;
     println!("written   {}", to.display());
     println!("          sample from it with: iddpm sample --model-path {}", to.display());
     Ok(())
+}
+
+/// Whether `path` is a file of another program by its name: a `.pt`, or a folder of diffusers.
+pub fn is_foreign(path: &Path) -> bool {
+    let ending = path.extension().is_some_and(|e| e == "pt" || e == "pth");
+    ending || ["config.json", "unet/config.json"].iter().any(|name| path.join(name).is_file())
+}
+
+/// The model of another program at `path`, without writing anything; `flags` tell what it does not.
+///
+/// # Errors
+/// Those of [`main`].
+pub fn open(path: &Path, flags: &ModelFlags) -> Result<Checkpoint> {
+    let files = vec![path.to_path_buf()];
+    let inputs = Inputs::open(&files)?;
+    let a = ImportArgs { files, to: None, preset: None, allow_half: false, check_images: None, model: flags.clone() };
+    let config = a.config(&inputs.model)?;
+    config.validate()?;
+    let params = Params::new(&config.model);
+    inputs.check(&config, &params, false)?;
+    let progress = Progress { step: 0, images: 0, position: 0, config: config.clone() };
+    Checkpoint::in_memory(path, progress, &["model".into()], &slots(&params), |family, i| {
+        inputs.read(&config, &params, family, i)
+    })
 }
 
 /// A few settings as `flag value`.
@@ -91,7 +117,17 @@ fn describe(config: &Config, flags: &[&str]) -> String {
 }
 
 impl ImportArgs {
-    fn destination(&self, g: &Global) -> Result<PathBuf> {
+    /// Where the checkpoint goes, once the number of its steps is known if it goes into the folder of a run.
+    fn destination(&self, g: &Global, step: Option<u64>) -> Result<PathBuf> {
+        if let Some(folder) = self.to.as_ref().filter(|to| to.to_string_lossy().ends_with('/')) {
+            if !checkpoint::list(folder).is_empty() {
+                let what = format!("{}: holds a run already: choose another folder", folder.display());
+                return Err(Error::Config(what));
+            }
+            let Some(step) = step else { return Ok(folder.clone()) };
+            create_folder(folder)?;
+            return Ok(folder.join(checkpoint::file_name(step)));
+        }
         let name = || {
             let stem = self.files[0].file_stem().unwrap_or_default().to_string_lossy().into_owned();
             g.out.clone().unwrap_or_default().join(format!("{stem}.safetensors"))

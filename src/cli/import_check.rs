@@ -3,7 +3,7 @@
 //! With images, x_t = √ᾱ x_0 + √(1-ᾱ) eps at several t goes through the network twice, with its attention channels in
 //! the stored order and in the other one. The right order predicts eps better; a file read in the wrong one gives noise.
 
-use crate::config::{Config, MeanType, ModelConfig};
+use crate::config::{Config, MeanType, ModelConfig, Precision};
 use crate::data::low_res::LowRes;
 use crate::data::{self, DataSpec};
 use crate::device::{Device, Plan, PlanId};
@@ -50,16 +50,16 @@ struct Forward {
 }
 
 impl Check<'_> {
-    /// Runs the check with the tensors that `read` gives by number; returns what was found in a line.
+    /// Runs the check on `device`, in f32, with the tensors that `read` gives by number; returns what was found in a line.
     ///
     /// # Errors
     /// [`Error::NonFinite`] if the network's output is not finite; those of `read` and of the images.
-    pub fn run(&self, threads: usize, mut read: impl FnMut(usize) -> Result<Vec<f32>>) -> Result<String> {
+    pub fn run(&self, device: Device, mut read: impl FnMut(usize) -> Result<Vec<f32>>) -> Result<String> {
         let m = &self.config.model;
         let levels = m.channel_mult.len();
         let size = if self.images.is_some() { m.image_size } else { 1 << (levels - 1) };
         let batch = if self.images.is_some() { BATCH } else { 1 };
-        let mut device = Device::cpu(threads)?;
+        let mut device = device.with_precision(Precision::F32);
         let stored = self.bind(&mut device, m, size, batch)?;
         for (i, p) in self.params.list.iter().enumerate() {
             device.write(stored.id, stored.vals.get(&p.name), &read(i)?)?;
@@ -107,7 +107,7 @@ impl Check<'_> {
     }
 
     fn bind(&self, device: &mut Device, m: &ModelConfig, size: usize, batch: usize) -> Result<Forward> {
-        let mut g = Graph::new();
+        let mut g = Graph::on(device.target());
         let vals = self.params.declare(&mut g);
         let x = g.fixed("x", Shape::new(batch, size, size, m.in_channels), DType::F32, Region::Inputs);
         let t = g.fixed("t", Shape::rows(batch, 1), DType::F32, Region::Inputs);

@@ -4,6 +4,7 @@
 
 mod bench;
 pub mod data;
+mod device;
 pub mod doctor;
 mod encode;
 mod export;
@@ -17,6 +18,7 @@ mod nll;
 mod plan;
 mod plot;
 mod progress;
+pub mod reference;
 mod sample;
 mod train;
 
@@ -26,7 +28,8 @@ use crate::error::{Error, Result};
 use crate::graph::Region;
 use crate::train::slots;
 use crate::unet::Params;
-use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use device::DeviceFlags;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -55,28 +58,31 @@ pub struct Global {
     /// Folder for everything that is written [default: runs/<preset> for training, else inside the run's folder]
     #[arg(long, global = true, value_name = "DIR")]
     pub out: Option<PathBuf>,
-    /// Where to compute
-    #[arg(long, global = true, value_enum, default_value_t = DeviceKind::Cpu)]
-    pub device: DeviceKind,
+    /// Where to compute.
+    #[command(flatten)]
+    pub device: DeviceFlags,
 }
 
-/// Devices that can be asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum DeviceKind {
-    /// The processor, in f32.
-    Cpu,
+impl Global {
+    /// Opens the device that was asked for.
+    ///
+    /// # Errors
+    /// Those of [`DeviceFlags::open`].
+    pub fn open_device(&self) -> Result<Device> {
+        self.device.open(self.threads)
+    }
 }
 
 #[derive(Subcommand, Debug)]
 enum Command {
     /// Train a model; alone, on built-in digits
     #[command(after_help = "Examples:\n  iddpm train\n  iddpm train --preset cifar10 --data-dir cifar-10-batches-bin \
-        --out runs/cifar\n  iddpm train --resume --out runs/cifar\n  iddpm train --data_dir photos --image_size 64 \
+        --out runs/cifar\n  iddpm train --resume --out runs/cifar --device cuda\n  iddpm train --data_dir photos --image_size 64 \
         --num_channels 64 --learn_sigma True --noise_schedule cosine --batch_size 16")]
     Train(Box<train::TrainArgs>),
     /// Make pictures with a trained model
     #[command(after_help = "Examples:\n  iddpm sample\n  iddpm sample --model-path runs/cifar --use-ddim \
-        --timestep-respacing 50 --num-samples 16\n  iddpm sample --model-path runs/cond --labels 3,5 --guidance 3\n  iddpm \
+        --timestep-respacing 50 --num-samples 16\n  iddpm sample --model-path runs/cond --labels 3,5 --guidance 3 --device cuda\n  iddpm \
         sample --strip strip.png --animation walk.gif --frame-of xt\n  iddpm sample --sampler dpm-solver++ \
         --timestep-respacing logsnr20\n  iddpm sample --interpolate 3,8")]
     Sample(Box<sample::SampleArgs>),
@@ -89,10 +95,13 @@ enum Command {
     Encode(Box<encode::EncodeArgs>),
     /// Measure bits/dim by the variational bound
     #[command(after_help = "Examples:\n  iddpm nll --num-samples 50\n  iddpm nll --model-path runs/cifar --data-dir \
-        cifar-10-batches-bin --split test --num-samples 200")]
+        cifar-10-batches-bin --split test --num-samples 200 --device cuda")]
     Nll(Box<nll::NllArgs>),
     /// Print the recorded steps of training: shapes, bytes, FLOPs, places in memory
-    #[command(after_help = "Example:\n  iddpm plan --preset cifar10 --batch-size 16")]
+    #[command(
+        after_help = "Examples:\n  iddpm plan --preset cifar10 --batch-size 16\n  iddpm plan --preset cifar10 --device cuda \
+        --totals yes        (no GPU is needed)"
+    )]
     Plan(Box<plan::PlanArgs>),
     /// Draw charts of schedules, training and bits/dim
     #[command(subcommand)]
@@ -155,22 +164,44 @@ pub fn main() -> i32 {
     // If that cannot be set up, nothing else is lost.
     let always = Arc::new(AtomicBool::new(true));
     let _ = signal_hook::flag::register_conditional_default(signal_hook::consts::SIGPIPE, always);
-    let matches = command().try_get_matches_from(normalise(std::env::args_os()));
-    let cli = match matches.and_then(|m| Cli::from_arg_matches(&m)) {
-        Ok(cli) => cli,
-        Err(e) => {
+    match start(std::env::args_os().collect()) {
+        Ok(Ok(())) => 0,
+        Ok(Err(e)) => {
             // A closed pipe while printing help is no failure worth a second message.
             let _ = e.print();
-            return e.exit_code();
+            e.exit_code()
         }
-    };
-    match run(cli) {
-        Ok(()) => 0,
         Err(e) => {
             eprintln!("error: {e}");
             e.exit_code()
         }
     }
+}
+
+/// Runs what `args` ask for; the inner error is clap's, which help is too.
+fn start(args: Vec<OsString>) -> Result<std::result::Result<(), clap::Error>> {
+    let args = reference::spell_out(&args)?.unwrap_or_else(|| normalise(args));
+    let matches = match command().try_get_matches_from(args) {
+        Ok(matches) => matches,
+        Err(e) => return Ok(Err(e)),
+    };
+    if let Some((script, m)) = matches.subcommand().and_then(|(name, m)| Some((reference::Script::find(name)?, m))) {
+        return reference::main(script, m).map(Ok);
+    }
+    Cli::from_arg_matches(&matches).map_or_else(|e| Ok(Err(e)), |cli| run(cli).map(Ok))
+}
+
+/// The command line `args`, without the program's name.
+///
+/// # Errors
+/// [`Error::Config`] with clap's message.
+fn parse(args: &[String]) -> Result<Cli> {
+    let matches = command().try_get_matches_from(["iddpm"].into_iter().chain(args.iter().map(String::as_str)));
+    matches.and_then(|m| Cli::from_arg_matches(&m)).map_err(|e| {
+        let text = e.to_string();
+        let message = text.lines().next().unwrap_or_default();
+        Error::Config(message.strip_prefix("error: ").unwrap_or(message).into())
+    })
 }
 
 fn run(cli: Cli) -> Result<()> {
@@ -220,12 +251,15 @@ pub(crate) struct Model {
 }
 
 /// Opens the checkpoint at `path` (a file or a run's folder) with the moving average `rate`: the first of the
-/// configuration if None, the live weights if 0.
+/// configuration if None, the live weights if 0. A `.pt` or a folder of diffusers is brought in as `flags` describe it.
 ///
 /// # Errors
 /// [`Error::Checkpoint`] for a file that cannot be used or a rate that it does not hold.
-pub(crate) fn open_model(path: &Path, rate: Option<f64>, threads: Option<usize>) -> Result<Model> {
-    let checkpoint = Checkpoint::open(&checkpoint::find(path)?)?;
+pub(crate) fn open_model(path: &Path, flags: &flags::ModelFlags, rate: Option<f64>, global: &Global) -> Result<Model> {
+    let checkpoint = match import::is_foreign(path) {
+        true => import::open(path, flags)?,
+        false => Checkpoint::open(&checkpoint::find(path)?)?,
+    };
     let (train, step) = (&checkpoint.progress.config.train, checkpoint.progress.step);
     let params = Params::new(&checkpoint.progress.config.model);
     let rate = rate.unwrap_or(if checkpoint.has_averages() { train.ema_rates[0] } else { 0.0 });
@@ -241,7 +275,7 @@ pub(crate) fn open_model(path: &Path, rate: Option<f64>, threads: Option<usize>)
         }
         (checkpoint.ema(rate, &slots(&params), params.len)?, format!("moving average of rate {rate}"))
     };
-    let mut device = Device::cpu(threads.unwrap_or(0))?;
+    let mut device = global.open_device()?;
     device.write_region(Region::Params, &flat)?;
     Ok(Model { checkpoint, params, device, weights })
 }
@@ -254,7 +288,7 @@ fn command() -> clap::Command {
             if marked(&a) { a.value_parser(flags::boolean).num_args(0..=1).default_missing_value("true") } else { a }
         })
     }
-    booleans(Cli::command())
+    booleans(Cli::command()).subcommands(reference::SCRIPTS.iter().map(|s| s.command()))
 }
 
 /// Writes `--a_b=c_d` as `--a-b=c_d`, up to a lone `--`.

@@ -3,7 +3,7 @@
 use super::flags::{self, BOOL, ModelFlags};
 use super::images::DataFlags;
 use super::progress::Progress;
-use super::{Global, create_folder, open_model};
+use super::{Global, create_folder, open_model, reference};
 use crate::data;
 use crate::error::{Error, Result};
 use crate::nll::{Evaluated, Nll, NllReport, NllSettings, mean_and_interval};
@@ -36,6 +36,9 @@ pub struct NllArgs {
     /// Moving average to evaluate; 0: the live weights [default: the first]
     #[arg(long, value_name = "RATE")]
     ema_rate: Option<f64>,
+    /// Also write vb_terms.npz, mse_terms.npz and xstart_mse_terms.npz, as the reference does
+    #[arg(long)]
+    reference_files: bool,
     #[command(flatten)]
     data: DataFlags,
     #[command(flatten)]
@@ -48,7 +51,7 @@ pub struct NllArgs {
 /// [`Error::Checkpoint`], [`Error::Config`] for flags that disagree with it, [`Error::Data`], [`Error::Io`].
 pub fn main(a: &NllArgs, g: &Global) -> Result<()> {
     a.model.notes();
-    let mut model = open_model(&a.model_path, a.ema_rate, g.threads)?;
+    let mut model = open_model(&a.model_path, &a.model, a.ema_rate, g)?;
     let config = model.checkpoint.progress.config.clone();
     let path = model.checkpoint.path().to_path_buf();
     let mut asked = config.clone();
@@ -82,6 +85,9 @@ pub fn main(a: &NllArgs, g: &Global) -> Result<()> {
     std::fs::write(&csv, table(&report)).map_err(Error::io(&csv, "write"))?;
     print!("{}", summary(&report));
     println!("written   {}", csv.display());
+    if a.reference_files {
+        reference::files::write_terms(&out, &report)?.iter().for_each(|path| println!("          {}", path.display()));
+    }
     Ok(())
 }
 

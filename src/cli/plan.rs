@@ -3,11 +3,12 @@
 use super::Global;
 use super::flags::{ModelFlags, TrainFlags};
 use crate::config::preset::preset;
-use crate::device::Plan;
+use crate::device::{Plan, room};
 use crate::error::{Error, Result};
-use crate::graph::{Place, Region};
+use crate::graph::{Place, Region, Target};
 use crate::ops::Operation;
-use crate::train::{log, plan_of};
+use crate::train::plan_of;
+use crate::unet::Params;
 use clap::Args;
 use std::io::Write;
 
@@ -40,35 +41,34 @@ pub fn main(a: &PlanArgs, g: &Global) -> Result<()> {
     // A preset knows its classes; --class-cond alone does not.
     config.model.num_classes = config.model.num_classes.map(|n| if n == 0 { a.classes } else { n });
     let images = a.images.unwrap_or(config.train.batch_size);
-    let (plan, _, params) = plan_of(&config, images, true)?;
-    let mut text = String::new();
-    if a.totals != Some(true) {
-        text += &table(&plan);
-    }
-    let cost = plan.graph.cost();
-    let batch = config.train.batch_size;
-    let per_image = cost.flops / batch as f64;
-    text += &format!("parameters        {} in {} tensors\n", params.count(), params.list.len());
-    text += &format!("steps             {}\n", plan.graph.steps.len());
-    for region in Region::ALL {
-        let bytes = plan.graph.region_bytes(region);
+    let (plan, _, params) = plan_of(&config, images, true, g.device.target()?)?;
+    let table = if a.totals == Some(true) { String::new() } else { table(&plan) };
+    let text = table + &totals(&plan, &params, config.train.batch_size);
+    std::io::stdout().write_all(text.as_bytes()).map_err(Error::io("output", "write"))
+}
+
+/// Memory, work and traffic of the whole step on `batch` images.
+fn totals(plan: &Plan, params: &Params, batch: usize) -> String {
+    let (g, cost) = (&plan.graph, plan.graph.cost());
+    let mut text = format!("parameters        {} in {} tensors\n", params.count(), params.list.len());
+    text += &format!("steps             {}\n", g.steps.len());
+    let regions = Region::ALL.map(|r| (format!("{r:?}").to_lowercase(), g.region_bytes(r)));
+    let rest = [("arena", plan.layout.bytes), ("scratch", plan.scratch), ("tables", plan.tables)];
+    for (name, bytes) in regions.into_iter().chain(rest.map(|(name, bytes)| (name.to_string(), bytes))) {
         if bytes > 0 {
-            text += &format!("{:<17} {}\n", format!("{region:?}").to_lowercase(), log::bytes(bytes));
+            text += &format!("{name:<17} {}\n", room::bytes(bytes));
         }
     }
-    text += &format!("arena             {}\n", log::bytes(plan.layout.bytes));
-    text += &format!("peak memory       {} ({} bytes)\n", log::bytes(plan.bytes()), plan.bytes());
-    text += &format!(
-        "work              {:.4} GFLOP per image, {:.3} GFLOP per step of {batch}\n",
-        per_image / 1e9,
-        cost.flops / 1e9
-    );
-    text += &format!(
-        "least traffic     {} read, {} written per step\n",
-        log::bytes(cost.read as usize),
-        log::bytes(cost.written as usize)
-    );
-    std::io::stdout().write_all(text.as_bytes()).map_err(Error::io("output", "write"))
+    text += &format!("peak memory       {} ({} bytes)\n", room::bytes(plan.bytes()), plan.bytes());
+    let (per_image, gflop) = (cost.flops / 1e9 / batch as f64, cost.flops / 1e9);
+    text += &format!("work              {per_image:.4} GFLOP per image, {gflop:.3} GFLOP per step of {batch}\n");
+    let [read, written] = [cost.read, cost.written].map(|bytes| bytes / 1e9);
+    text += &format!("least traffic     {:.3} GB per step: {read:.3} read, {written:.3} written\n", read + written);
+    if g.target != Target::Cpu {
+        let scratch = g.scratch_traffic() / 1e9;
+        text += &format!("scratch traffic   {scratch:.3} GB per step, which a cache can hold\n");
+    }
+    text
 }
 
 /// One row per step: number, module, operation, shape of its first output, bytes it writes, FLOPs, place.

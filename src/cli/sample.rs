@@ -91,6 +91,18 @@ pub enum Kind {
     Heun,
 }
 
+impl Kind {
+    /// What it is called in a sentence.
+    fn title(self) -> &'static str {
+        match self {
+            Kind::Ancestral => "ancestral",
+            Kind::Ddim => "DDIM",
+            Kind::DpmSolver => "DPM-Solver++",
+            Kind::Heun => "Heun",
+        }
+    }
+}
+
 /// Samples.
 ///
 /// # Errors
@@ -98,7 +110,7 @@ pub enum Kind {
 pub fn main(a: &SampleArgs, g: &Global) -> Result<()> {
     a.model.notes();
     let mut settings = a.settings()?;
-    let mut model = open_model(&a.model_path, a.ema_rate, g.threads)?;
+    let mut model = open_model(&a.model_path, &a.model, a.ema_rate, g)?;
     let config = model.checkpoint.progress.config.clone();
     let path = model.checkpoint.path().to_path_buf();
     let mut asked = config.clone();
@@ -121,7 +133,7 @@ pub fn main(a: &SampleArgs, g: &Global) -> Result<()> {
     println!("model     {} (step {}, {})", path.display(), model.checkpoint.progress.step, model.weights);
     let (steps, calls) = (sampler.steps(), sampler.calls());
     let work = if calls == steps { String::new() } else { format!(" ({calls} calls of the network)") };
-    println!("sampling  {n} pictures, {steps} {} steps{work}", name(a.kind()?));
+    println!("sampling  {n} pictures, {steps} {} steps{work}", a.kind()?.title());
 
     let seed = g.seed.unwrap_or(0);
     let seeds: Vec<u64> = (0..n as u64).map(|i| seed.wrapping_add(i)).collect();

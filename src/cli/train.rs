@@ -2,12 +2,12 @@
 
 use super::flags::{self, ModelFlags, TrainFlags};
 use super::images::{self, DataFlags};
-use super::{Global, create_folder};
+use super::{Global, create_folder, reference};
 use crate::checkpoint::{self, Checkpoint};
 use crate::config::preset::preset;
 use crate::config::{Config, ModelConfig};
 use crate::data::{self, Dataset};
-use crate::device::{Device, Weights};
+use crate::device::Weights;
 use crate::error::{Error, Result};
 use crate::grid::{self, ToByte};
 use crate::ops::p_sample::Reverse;
@@ -22,6 +22,8 @@ use std::time::{Duration, Instant};
 const PREVIEW_STEPS: usize = 50;
 /// Pictures of a preview.
 const PREVIEW_PICTURES: usize = 16;
+/// Pictures of a preview on the emulator.
+const EMULATED_PICTURES: usize = 2;
 
 /// Flags of `iddpm train`.
 #[derive(Args, Clone, Debug)]
@@ -53,9 +55,15 @@ pub struct TrainArgs {
     /// Checkpoints kept
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..), help_heading = "Run")]
     keep: u16,
+    /// Leave the images on the host and send each batch ahead of its step, as is done with sets that the device has no room for
+    #[arg(long, help_heading = "Run")]
+    stream_data: bool,
     /// Write event files for TensorBoard beside log.jsonl
     #[arg(long, help_heading = "Run")]
     tensorboard: bool,
+    /// Beside each checkpoint also write model*.pt, ema_*.pt, opt*.pt and progress.csv, as the reference does
+    #[arg(long, help_heading = "Run")]
+    reference_files: bool,
 }
 
 /// A time limit in minutes.
@@ -81,9 +89,10 @@ pub fn main(a: &TrainArgs, g: &Global) -> Result<()> {
         Some(place) => a.resumed(&place, g)?,
         None => a.fresh(g)?,
     };
+    // A device that is not there is told before a long load.
+    let device = g.open_device()?;
     let (config, data) = a.with_data(start.config, start.checkpoint.is_none(), g)?;
-    let mut trainer = Trainer::new(config, Device::cpu(g.threads.unwrap_or(0))?, &data, true)?;
-    drop(data);
+    let mut trainer = Trainer::open(config, device, data, a.stream_data)?;
     if let Some(checkpoint) = &start.checkpoint {
         trainer.restore(checkpoint)?;
     }
@@ -146,7 +155,7 @@ impl TrainArgs {
         Ok(Start { config, out, checkpoint: None })
     }
 
-    /// The run whose checkpoint lies at `place`; flags may only lengthen it.
+    /// The run whose checkpoint lies at `place`; flags may only lengthen it. How an imported model goes on is free.
     fn resumed(&self, place: &Path, g: &Global) -> Result<Start> {
         let path = checkpoint::find(place)?;
         let checkpoint = Checkpoint::open(&path)?;
@@ -162,6 +171,9 @@ impl TrainArgs {
         };
         self.train.apply(g.seed, &mut asked);
         self.model.apply(&mut asked)?;
+        if checkpoint.imported() {
+            config.train = asked.train.clone();
+        }
         flags::agree(&path, &config, &asked, &["steps"])?;
         config.train.steps = self.train.steps.unwrap_or(config.train.steps);
         config.train.recompute = asked.train.recompute;
@@ -201,6 +213,7 @@ impl TrainArgs {
             keep: self.keep.into(),
             tensorboard: self.tensorboard,
             time_limit: self.minutes,
+            saved: self.reference_files.then_some(reference::files::write),
         }
     }
 }
@@ -214,6 +227,7 @@ impl Preview {
     fn write(&mut self, t: &mut Trainer, path: &Path) -> Result<String> {
         let began = Instant::now();
         let c = t.config.clone();
+        let count = if t.device.is_emulated() { EMULATED_PICTURES } else { PREVIEW_PICTURES };
         let sampler = match &mut self.0 {
             Some(sampler) => sampler,
             none => {
@@ -221,18 +235,20 @@ impl Preview {
                 if t.process_steps() > PREVIEW_STEPS {
                     process.timestep_respacing = PREVIEW_STEPS.to_string();
                 }
-                let settings = SampleSettings {
-                    reverse: Reverse::Ddim(0.0),
-                    batch: PREVIEW_PICTURES,
-                    ..SampleSettings::default()
-                };
-                none.insert(Sampler::new(&mut t.device, &c.model, &process, &t.params, &settings)?)
+                let settings =
+                    SampleSettings { reverse: Reverse::Ddim(0.0), batch: count, ..SampleSettings::default() };
+                match Sampler::new(&mut t.device, &c.model, &process, &t.params, &settings) {
+                    Ok(sampler) => none.insert(sampler),
+                    // Training goes on where there is no memory left for pictures.
+                    Err(e @ Error::Device(_)) => return Ok(format!("samples   none: {e}")),
+                    Err(e) => return Err(e),
+                }
             }
         };
         let average = run::ready_average(&c.train.ema_rates, t.step);
         t.device.set_weights(sampler.id(), average.map_or(Weights::Live, Weights::Ema));
-        let seeds: Vec<u64> = (0..PREVIEW_PICTURES as u64).map(|i| c.train.seed.wrapping_add(i)).collect();
-        let labels = c.model.num_classes.map(|n| (0..PREVIEW_PICTURES).map(|i| (i % n) as i32).collect::<Vec<_>>());
+        let seeds: Vec<u64> = (0..count as u64).map(|i| c.train.seed.wrapping_add(i)).collect();
+        let labels = c.model.num_classes.map(|n| (0..count).map(|i| (i % n) as i32).collect::<Vec<_>>());
         let pictures = Pictures { seeds: &seeds, labels: labels.as_deref() };
         let x = match &t.low_res {
             Some(small) => sampler.enlarge(&mut t.device, pictures, small, &mut |_| Ok(()))?,

@@ -49,6 +49,9 @@ impl ModelConfig {
         within("num-res-blocks", self.num_res_blocks, 1, 64)?;
         within("channel-mult: number of levels", self.channel_mult.len(), 1, 10)?;
         within("dropout", self.dropout, 0.0, 0.99)?;
+        within("freq-shift", self.freq_shift, 0.0, 1.0)?;
+        within("norm-eps", self.norm_eps, 1e-12, 0.1)?;
+        within("downsample-padding", self.downsample_padding, 0, 1)?;
         if let Some(small) = self.low_res {
             within("small-size", small, 1, self.image_size)?;
             check(self.image_size.is_multiple_of(small), || {

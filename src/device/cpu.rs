@@ -2,7 +2,7 @@
 
 use super::{Plan, PlanId, Weights};
 use crate::error::{Error, Result};
-use crate::graph::{DType, Place, Region, Val};
+use crate::graph::{DType, Place, Region, Target, Val};
 use crate::ops::fast::Isa;
 use crate::ops::{Operation, Views};
 use std::time::Instant;
@@ -86,8 +86,9 @@ impl Cpu {
     }
 
     pub(super) fn bind(&mut self, plan: Plan) -> Result<PlanId> {
-        check_disjoint(&plan);
         let g = &plan.graph;
+        assert_eq!(g.target, Target::Cpu, "a plan recorded for another device");
+        check_disjoint(&plan);
         if let Some(v) = g.steps.iter().flat_map(|s| s.op.inputs()).find(|&v| g[v].dtype == DType::Bf16) {
             let name = &g[v].name;
             return Err(Error::Device(format!(
@@ -175,6 +176,26 @@ impl Cpu {
             Place::Fixed(region, at) => (&mut self.model[region as usize], at),
         };
         &mut buffer.bytes_mut()[at..at + value.bytes()]
+    }
+
+    /// The memory of the plan's own `region`.
+    pub(super) fn region_mut(&mut self, id: PlanId, region: Region) -> &mut [u8] {
+        let b = &mut self.plans[id.0];
+        match region {
+            Region::Inputs => b.inputs.bytes_mut(),
+            Region::State => b.state.bytes_mut(),
+            _ => panic!("{region:?} belongs to the model"),
+        }
+    }
+
+    /// Bytes that `region` of the model has.
+    pub(super) fn held(&self, region: Region) -> usize {
+        self.model[region as usize].bytes().len()
+    }
+
+    /// The memory of the images.
+    pub(super) fn data_mut(&mut self) -> &mut [u8] {
+        self.model[Region::Data as usize].bytes_mut()
     }
 
     pub(super) fn write_region(&mut self, region: Region, data: &[u8]) -> Result<()> {

@@ -6,10 +6,15 @@
 pub mod cpu;
 pub mod cuda;
 pub mod driver;
+pub mod host;
+pub mod ring;
+pub mod room;
 
+use crate::config::Precision;
 use crate::error::Result;
-use crate::graph::{Graph, Region, Val};
+use crate::graph::{ALIGN, DType, Graph, Region, Target, Val};
 use crate::memory::{self, Layout};
+use crate::ops::Operation;
 use cpu::Cpu;
 use cuda::Cuda;
 use driver::Driver;
@@ -21,18 +26,29 @@ pub struct Plan {
     pub graph: Graph,
     /// Offsets in the arena.
     pub layout: Layout,
+    /// Bytes of scratch memory on CUDA, which the steps share, one after the other.
+    pub scratch: usize,
+    /// Bytes of the steps' tables on CUDA.
+    pub tables: usize,
 }
 
 impl Plan {
     /// Plans the memory of `graph`; `reuse` off gives each value bytes of its own.
     pub fn new(graph: Graph, reuse: bool) -> Self {
         let layout = memory::plan(&graph, reuse);
-        Plan { graph, layout }
+        let ops = || graph.steps.iter().map(|step| &step.op).filter(|_| graph.target != Target::Cpu);
+        let scratch = ops().map(|op| op.workspace(&graph)).max().unwrap_or(0);
+        let tables = ops().map(|op| op.prepare_cuda(&graph).map_or(0, |bytes| bytes.len().next_multiple_of(ALIGN)));
+        let tables = tables.sum();
+        Plan { graph, layout, scratch, tables }
     }
 
-    /// Bytes the plan needs on a device: its regions and its arena.
+    /// Bytes the plan needs on a device: its regions, its arena, and on CUDA scratch memory and tables.
     pub fn bytes(&self) -> usize {
-        self.layout.bytes + Region::ALL.iter().map(|&r| self.graph.region_bytes(r)).sum::<usize>()
+        self.layout.bytes
+            + self.scratch
+            + self.tables
+            + Region::ALL.iter().map(|&r| self.graph.region_bytes(r)).sum::<usize>()
     }
 }
 
@@ -77,6 +93,38 @@ impl Device {
     /// When the build has no emulator.
     pub fn emulated() -> Result<Self> {
         Ok(Device::Cuda(Cuda::new(Driver::emulated()?)?))
+    }
+
+    /// The device with the network in `precision`, which the processor has no choice of.
+    pub fn with_precision(mut self, precision: Precision) -> Self {
+        if let Device::Cuda(d) = &mut self {
+            d.precision = precision;
+        }
+        self
+    }
+
+    /// What plans for this device are recorded for.
+    pub fn target(&self) -> Target {
+        match self {
+            Device::Cpu(_) => Target::Cpu,
+            Device::Cuda(d) => Target::Cuda(d.precision),
+        }
+    }
+
+    /// Is this the emulator, which is slow?
+    pub fn is_emulated(&self) -> bool {
+        matches!(self, Device::Cuda(d) if d.driver().is_emulated())
+    }
+
+    /// The device for people: `the processor, 8 threads, f32`.
+    pub fn describe(&self) -> String {
+        match self {
+            Device::Cpu(d) => format!("the processor, {} threads, f32", d.threads()),
+            Device::Cuda(d) => {
+                let name = d.driver().info().map_or_else(|e| e.to_string(), |info| info.name);
+                format!("{name}, {}", d.precision.name())
+            }
+        }
     }
 
     /// Records the plan as one graph where the device can: `run` then starts it as a whole.
@@ -135,6 +183,14 @@ impl Device {
             Device::Cuda(d) => d.write(id, v, bytemuck::cast_slice(data))?,
         }
         Ok(())
+    }
+
+    /// Writes all elements of a fixed or kept value of floats, rounded where it is bf16.
+    pub fn write_f32(&mut self, id: PlanId, v: Val, data: &[f32]) -> Result<()> {
+        match self {
+            Device::Cuda(d) if d.plan(id).graph[v].dtype == DType::Bf16 => d.write_bf16(id, v, data),
+            _ => self.write(id, v, data),
+        }
     }
 
     /// Reads all elements of a fixed or kept value into `out`.

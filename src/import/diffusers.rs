@@ -1,7 +1,8 @@
 //! Folders of diffusers: `config.json`, the weights of a `UNet2DModel`, and perhaps a scheduler's settings.
 //!
 //! The network is the reference's under other names, with q, k and v in three tensors whose heads lie inside:
-//! row h·d + c of q is row h·3d + c of our qkv (row h·d + c in the new order).
+//! row h·d + c of q is row h·3d + c of our qkv (row h·d + c in the new order). Where the time embedding there begins with
+//! the sines, the columns of the matrix that takes it are exchanged.
 
 use super::reference::{check_tensor, read, reference_dims};
 use super::tensor_file::TensorFile;
@@ -81,6 +82,10 @@ impl Fields<'_> {
         let Some(v) = self.field(name) else { return Ok(default.into()) };
         v.as_str().map(String::from).ok_or_else(|| format!("{name}: expected a text, found {v}"))
     }
+    fn truth(&self, name: &str, default: bool) -> std::result::Result<bool, String> {
+        let Some(v) = self.field(name) else { return Ok(default) };
+        v.as_bool().ok_or_else(|| format!("{name}: expected true or false, found {v}"))
+    }
     fn list(&self, name: &str) -> std::result::Result<Vec<Value>, String> {
         let list = self.field(name).and_then(Value::as_array).filter(|l| (1..=10).contains(&l.len()));
         list.cloned().ok_or_else(|| format!("{name}: expected a list of 1 to 10 entries"))
@@ -99,13 +104,9 @@ fn network(config: &Value) -> std::result::Result<ModelConfig, String> {
     f.only("_class_name", "UNet2DModel".into(), "none".into())?;
     f.only("center_input_sample", false.into(), false.into())?;
     f.only("time_embedding_type", "positional".into(), "positional".into())?;
-    f.only("flip_sin_to_cos", true.into(), true.into())?;
-    f.only("freq_shift", 0.into(), 0.into())?;
     f.only("act_fn", "silu".into(), "silu".into())?;
     f.only("norm_num_groups", 32.into(), 32.into())?;
-    f.only("norm_eps", 1e-5.into(), 1e-5.into())?;
     f.only("mid_block_scale_factor", 1.into(), 1.into())?;
-    f.only("downsample_padding", 1.into(), 1.into())?;
     f.only("downsample_type", "conv".into(), "conv".into())?;
     f.only("upsample_type", "conv".into(), "conv".into())?;
     f.only("add_attention", true.into(), true.into())?;
@@ -115,6 +116,12 @@ fn network(config: &Value) -> std::result::Result<ModelConfig, String> {
     let widths: Vec<usize> = widths.collect::<Option<_>>().ok_or("block_out_channels: expected numbers")?;
     if let Some(c) = widths.iter().find(|&c| c % widths[0] != 0) {
         return Err(format!("block_out_channels: {c} is no multiple of the first width {}: not supported", widths[0]));
+    }
+    let (freq_shift, downsample_padding) = (f.number("freq_shift", 0.0)?, f.count("downsample_padding", 1)?);
+    if !(0.0..=1.0).contains(&freq_shift) || downsample_padding > 1 {
+        return Err(format!(
+            "freq_shift {freq_shift}, downsample_padding {downsample_padding}: only 0 and 1 are supported"
+        ));
     }
     let attention = attention_levels(&f, widths.len())?;
     let scale_shift = match f.text("resnet_time_scale_shift", "default")?.as_str() {
@@ -144,6 +151,10 @@ fn network(config: &Value) -> std::result::Result<ModelConfig, String> {
         num_heads_upsample: 1,
         use_scale_shift_norm: scale_shift,
         num_head_channels: head_channels,
+        freq_shift,
+        sine_first: !f.truth("flip_sin_to_cos", true)?,
+        norm_eps: f.number("norm_eps", 1e-5)?,
+        downsample_padding,
         ..ModelConfig::default()
     })
 }
@@ -348,7 +359,13 @@ pub fn check_names(file: &TensorFile, m: &ModelConfig, slots: &[Slot], half: boo
 pub fn read_slot(file: &TensorFile, m: &ModelConfig, slot: &Slot) -> Result<Vec<f32>> {
     let names = parts(file, m, slot);
     let values = names.iter().map(|n| read(file, n, file.get(n)?)).collect::<Result<Vec<_>>>()?;
-    let [_, _, _] = values[..] else { return Ok(values.concat()) };
+    let [_, _, _] = values[..] else {
+        let mut values = values.concat();
+        if swaps_waves(m, slot) {
+            swap_halves(&mut values, slot.dims[1]);
+        }
+        return Ok(values);
+    };
     let c = slot.dims[0] / 3;
     let width = values[0].len() / c;
     let mut out = vec![0.0; 3 * values[0].len()];
@@ -361,6 +378,19 @@ pub fn read_slot(file: &TensorFile, m: &ModelConfig, slot: &Slot) -> Result<Vec<
     Ok(out)
 }
 
+/// Whether `slot` is the matrix that takes cosines first here and sines first there.
+fn swaps_waves(m: &ModelConfig, slot: &Slot) -> bool {
+    m.sine_first && slot.name == "time_embed.0.weight"
+}
+
+/// Exchanges the two halves of every row of `columns` values.
+fn swap_halves(values: &mut [f32], columns: usize) {
+    for row in values.chunks_exact_mut(columns) {
+        let (first, second) = row.split_at_mut(columns / 2);
+        first.swap_with_slice(&mut second[..columns / 2]);
+    }
+}
+
 /// The tensors of diffusers that hold `values` of `slot` (in our order): name, size, elements.
 pub fn write_slot(m: &ModelConfig, slot: &Slot, values: &[f32]) -> Vec<(String, Vec<usize>, Vec<f32>)> {
     let mut dims = reference_dims(slot);
@@ -368,7 +398,13 @@ pub fn write_slot(m: &ModelConfig, slot: &Slot, values: &[f32]) -> Vec<(String, 
         dims.pop();
     }
     match their_name(m, slot.name).expect("every tensor of the network has a name") {
-        Their::One(name) => vec![(name, dims, super::reference::to_reference(values, slot.dims))],
+        Their::One(name) => {
+            let mut values = super::reference::to_reference(values, slot.dims);
+            if swaps_waves(m, slot) {
+                swap_halves(&mut values, slot.dims[1]);
+            }
+            vec![(name, dims, values)]
+        }
         Their::Three(names) => {
             let c = slot.dims[0] / 3;
             let width = values.len() / (3 * c);
@@ -402,7 +438,8 @@ pub fn unet_config(m: &ModelConfig) -> Result<Value> {
             head_dims.push(c / heads(m, "output_blocks", c));
         }
     }
-    if head_dims.iter().any(|&d| d != head_dims[0]) {
+    let one_head = m.num_head_channels.is_none() && m.num_heads == 1 && m.num_heads_upsample == 1;
+    if !one_head && head_dims.iter().any(|&d| d != head_dims[0]) {
         head_dims.dedup();
         return refuse(format!("its attention heads have several widths ({head_dims:?}), there is one for all there"));
     }
@@ -418,22 +455,22 @@ pub fn unet_config(m: &ModelConfig) -> Result<Value> {
         "out_channels": m.out_channels,
         "center_input_sample": false,
         "time_embedding_type": "positional",
-        "freq_shift": 0,
-        "flip_sin_to_cos": true,
+        "freq_shift": m.freq_shift,
+        "flip_sin_to_cos": !m.sine_first,
         "down_block_types": kinds("DownBlock2D"),
         "up_block_types": up,
         "block_out_channels": widths,
         "layers_per_block": m.num_res_blocks,
         "mid_block_scale_factor": 1,
-        "downsample_padding": 1,
+        "downsample_padding": m.downsample_padding,
         "downsample_type": "conv",
         "upsample_type": "conv",
         "dropout": m.dropout,
         "act_fn": "silu",
-        "attention_head_dim": head_dims[0],
+        "attention_head_dim": (!one_head).then_some(head_dims[0]),
         "norm_num_groups": 32,
         "attn_norm_num_groups": 32,
-        "norm_eps": 1e-5,
+        "norm_eps": m.norm_eps,
         "resnet_time_scale_shift": if m.use_scale_shift_norm { "scale_shift" } else { "default" },
         "num_class_embeds": m.class_rows(),
         "add_attention": true,

@@ -7,7 +7,7 @@
 use super::diffusers;
 use super::reference::{reference_dims, to_reference};
 use crate::checkpoint::{Slot, replace};
-use crate::config::Config;
+use crate::config::{Config, ModelConfig};
 use crate::error::{Error, Result};
 use serde_json::json;
 use std::io::{self, Write};
@@ -118,19 +118,48 @@ fn write_folder(path: &Path, m: &Model) -> Result<()> {
 }
 
 fn write_pt(path: &Path, m: &Model) -> Result<()> {
-    let bytes: usize = m.slots.iter().map(|s| 4 * s.dims.iter().product::<usize>() + 1024).sum();
-    if u32::try_from(bytes).is_err() || m.slots.len() > usize::from(u16::MAX) - 4 {
+    plain(m.config).map_err(|what| Error::Config(format!("{}: {what}", path.display())))?;
+    let sizes: Vec<usize> = m.slots.iter().map(|s| m.values(s).len()).collect();
+    write_archive(path, &state_dict(m.slots), &sizes, &|i| to_reference(m.values(&m.slots[i]), m.slots[i].dims))
+}
+
+/// The reference computes what the network of `config` does; its state dict has no place to say otherwise.
+fn plain(config: &Config) -> std::result::Result<(), String> {
+    let ours = ModelConfig { sine_first: false, ..config.model.clone() };
+    let d = ModelConfig::default();
+    let theirs = ModelConfig { freq_shift: d.freq_shift, norm_eps: d.norm_eps, downsample_padding: 1, ..ours.clone() };
+    if ours == theirs {
+        return Ok(());
+    }
+    Err(format!(
+        "the reference's network has freq-shift 0, norm-eps 1e-5 and downsample-padding 1, this one {}, {} and {}: export \
+         to a diffusers folder or to .safetensors",
+        ours.freq_shift, ours.norm_eps, ours.downsample_padding
+    ))
+}
+
+/// Writes the archive of `torch.save`: the program `pickle`, and storage i as `values(i)` gives it, one per slot.
+///
+/// # Errors
+/// [`Error::Config`] for more than such an archive holds, [`Error::Io`]; nothing is left at `path` then.
+pub(super) fn write_archive(
+    path: &Path,
+    pickle: &Pickle,
+    sizes: &[usize],
+    values: &dyn Fn(usize) -> Vec<f32>,
+) -> Result<()> {
+    let bytes: usize = sizes.iter().map(|n| 4 * n + 1024).sum();
+    if u32::try_from(bytes).is_err() || sizes.len() > usize::from(u16::MAX) - 4 {
         let what = format!("{}: {bytes} bytes are too many for a .pt here: export to .safetensors", path.display());
         return Err(Error::Config(what));
     }
     replace(path, |out| {
         let mut zip = ZipWriter { out, at: 0, directory: Vec::new(), count: 0 };
         let mut all = || {
-            zip.entry("archive/data.pkl", &pickle(m.slots))?;
+            zip.entry("archive/data.pkl", &pickle.0)?;
             zip.entry("archive/byteorder", b"little")?;
-            for (i, s) in m.slots.iter().enumerate() {
-                let values = to_reference(m.values(s), s.dims);
-                zip.entry(&format!("archive/data/{i}"), bytemuck::cast_slice(&values))?;
+            for i in 0..sizes.len() {
+                zip.entry(&format!("archive/data/{i}"), bytemuck::cast_slice(&values(i)))?;
             }
             zip.entry("archive/version", b"3\n")?;
             zip.finish()
@@ -139,41 +168,55 @@ fn write_pt(path: &Path, m: &Model) -> Result<()> {
     })
 }
 
-/// The state dict as a program for the unpickler: an OrderedDict of `torch._utils._rebuild_tensor_v2(..)`.
-fn pickle(slots: &[Slot]) -> Vec<u8> {
-    let mut p = b"\x80\x02ccollections\nOrderedDict\n)R(".to_vec();
+/// The state dict: an OrderedDict of tensors, storage i for slot i.
+fn state_dict(slots: &[Slot]) -> Pickle {
+    let mut p = Pickle(b"\x80\x02ccollections\nOrderedDict\n)R(".to_vec());
     for (i, s) in slots.iter().enumerate() {
-        let dims = reference_dims(s);
-        let strides: Vec<usize> = (0..dims.len()).map(|d| dims[d + 1..].iter().product()).collect();
-        text(&mut p, s.name);
-        p.extend_from_slice(b"ctorch._utils\n_rebuild_tensor_v2\n((");
-        text(&mut p, "storage");
-        p.extend_from_slice(b"ctorch\nFloatStorage\n");
-        text(&mut p, &i.to_string());
-        text(&mut p, "cpu");
-        number(&mut p, dims.iter().product());
-        p.extend_from_slice(b"tQ");
-        number(&mut p, 0);
-        for sizes in [dims, strides] {
-            p.push(b'(');
-            sizes.into_iter().for_each(|n| number(&mut p, n));
-            p.push(b't');
-        }
-        p.extend_from_slice(b"\x89ccollections\nOrderedDict\n)RtR");
+        p.text(s.name);
+        p.tensor(i, &reference_dims(s));
     }
-    p.extend_from_slice(b"u.");
+    p.0.extend_from_slice(b"u.");
     p
 }
 
-fn text(p: &mut Vec<u8>, text: &str) {
-    p.push(b'X');
-    p.extend_from_slice(&(text.len() as u32).to_le_bytes());
-    p.extend_from_slice(text.as_bytes());
-}
+/// A program for the unpickler, protocol 2.
+pub(super) struct Pickle(pub Vec<u8>);
 
-fn number(p: &mut Vec<u8>, n: usize) {
-    p.push(b'J');
-    p.extend_from_slice(&i32::try_from(n).expect("fewer than 2^31 elements").to_le_bytes());
+impl Pickle {
+    pub(super) fn text(&mut self, text: &str) {
+        self.0.push(b'X');
+        self.0.extend_from_slice(&(text.len() as u32).to_le_bytes());
+        self.0.extend_from_slice(text.as_bytes());
+    }
+
+    pub(super) fn number(&mut self, n: usize) {
+        self.0.push(b'J');
+        self.0.extend_from_slice(&i32::try_from(n).expect("fewer than 2^31 elements").to_le_bytes());
+    }
+
+    pub(super) fn float(&mut self, x: f64) {
+        self.0.push(b'G');
+        self.0.extend_from_slice(&x.to_be_bytes());
+    }
+
+    /// `torch._utils._rebuild_tensor_v2` of the whole storage `key`, contiguous.
+    pub(super) fn tensor(&mut self, key: usize, dims: &[usize]) {
+        self.0.extend_from_slice(b"ctorch._utils\n_rebuild_tensor_v2\n((");
+        self.text("storage");
+        self.0.extend_from_slice(b"ctorch\nFloatStorage\n");
+        self.text(&key.to_string());
+        self.text("cpu");
+        self.number(dims.iter().product());
+        self.0.extend_from_slice(b"tQ");
+        self.number(0);
+        let strides: Vec<usize> = (0..dims.len()).map(|d| dims[d + 1..].iter().product()).collect();
+        for sizes in [dims, &strides] {
+            self.0.push(b'(');
+            sizes.iter().for_each(|&n| self.number(n));
+            self.0.push(b't');
+        }
+        self.0.extend_from_slice(b"\x89ccollections\nOrderedDict\n)RtR");
+    }
 }
 
 /// A zip archive of stored entries.

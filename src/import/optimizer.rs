@@ -1,9 +1,12 @@
 //! The state of AdamW as PyTorch saves it: `state.<i>.exp_avg`, `exp_avg_sq` and `step`, i in registration order.
 
-use super::reference::{check_tensor, read, reference_dims};
+use super::export::{Pickle, write_archive};
+use super::reference::{check_tensor, read, reference_dims, to_reference};
 use super::tensor_file::TensorFile;
 use crate::checkpoint::Slot;
+use crate::config::TrainConfig;
 use crate::error::{Error, Result};
+use std::path::Path;
 
 /// The two moments of AdamW.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,4 +69,54 @@ fn step(file: &TensorFile, i: usize) -> Result<u64> {
     let whole = value.filter(|v| *v >= 0.0 && v.fract() == 0.0 && *v < f64::from(u32::MAX));
     let what = || Error::checkpoint(&file.path, format!("{name}: expected a number of steps, found {value:?}"));
     whole.map(|v| v as u64).ok_or_else(what)
+}
+
+/// Writes the state of AdamW after `step` steps as `optimizer.state_dict()` of PyTorch: the flat `moments` lie at `slots`.
+///
+/// # Errors
+/// [`Error::Config`] for more than a `.pt` holds, [`Error::Io`]; nothing is left at `path` then.
+pub fn write(path: &Path, slots: &[Slot], moments: &[Vec<f32>; 2], step: u64, t: &TrainConfig) -> Result<()> {
+    let len = |s: &Slot| s.dims.iter().product::<usize>();
+    let sizes: Vec<usize> = slots.iter().flat_map(|s| [len(s); 2]).collect();
+    let values = |i: usize| {
+        let s = &slots[i / 2];
+        to_reference(&moments[i % 2][s.offset..s.offset + len(s)], s.dims)
+    };
+    write_archive(path, &state_dict(slots, step, t), &sizes, &values)
+}
+
+/// `{"state": {i: {"step", "exp_avg", "exp_avg_sq"}}, "param_groups": [{.., "params": [0, 1, ..]}]}`.
+fn state_dict(slots: &[Slot], step: u64, t: &TrainConfig) -> Pickle {
+    let mut p = Pickle(b"\x80\x02}(".to_vec());
+    p.text("state");
+    p.0.extend_from_slice(b"}(");
+    for (i, s) in slots.iter().enumerate() {
+        p.number(i);
+        p.0.extend_from_slice(b"}(");
+        p.text("step");
+        p.number(step as usize);
+        for (k, name) in ["exp_avg", "exp_avg_sq"].into_iter().enumerate() {
+            p.text(name);
+            p.tensor(2 * i + k, &reference_dims(s));
+        }
+        p.0.push(b'u');
+    }
+    p.0.push(b'u');
+    p.text("param_groups");
+    p.0.extend_from_slice(b"](}(");
+    for (name, x) in [("lr", t.lr_at(step)), ("eps", 1e-8), ("weight_decay", t.weight_decay)] {
+        p.text(name);
+        p.float(x);
+    }
+    p.text("betas");
+    p.float(0.9);
+    p.float(0.999);
+    p.0.push(b'\x86');
+    p.text("amsgrad");
+    p.0.push(b'\x89');
+    p.text("params");
+    p.0.extend_from_slice(b"](");
+    (0..slots.len()).for_each(|i| p.number(i));
+    p.0.extend_from_slice(b"eueu.");
+    p
 }

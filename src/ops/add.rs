@@ -1,6 +1,11 @@
-//! y = a + b.   All (n, h, w, c) f32.
+//! y = a + b.   All (n, h, w, c) f32, or bf16 on CUDA.
+//!
+//! Kernel: `kernels/add.cu`.
 
+use super::launch::{self, Launcher};
 use super::{Cost, Operation, Views};
+use crate::args;
+use crate::error::Result;
 use crate::graph::{Graph, Val};
 
 /// See the module.
@@ -18,7 +23,7 @@ impl Add {
     /// Appends y = a + b.
     pub fn record(g: &mut Graph, a: Val, b: Val) -> Val {
         let name = format!("{} + {}", g[a].name, g[b].name);
-        let y = g.arena(&name, g.shape(a));
+        let y = g.like(&name, a);
         g.push(Add { y, a, b });
         y
     }
@@ -36,6 +41,13 @@ impl Operation for Add {
     }
     fn run_cpu(&self, m: &Views) {
         forward_cpu(m.f32_mut(self.y), m.f32(self.a), m.f32(self.b));
+    }
+    fn prepare_cuda(&self, g: &Graph) -> Result<Vec<u8>> {
+        launch::check("add", g, [self.y, self.a, self.b]).map(|()| Vec::new())
+    }
+    fn launch(&self, m: &Launcher) -> Result<()> {
+        let len = m.graph.shape(self.y).len();
+        m.start_elementwise("add", self.y, len, args![m.ptr(self.y), m.ptr(self.a), m.ptr(self.b), len as i64])
     }
 }
 

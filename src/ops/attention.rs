@@ -4,8 +4,12 @@
 //!
 //! qkv: (n, s, 3·heads·d), out: (n, s, heads·d), lse: (n, heads, s); s tokens, d channels per head.
 
+use super::launch::Launcher;
 use super::{Cost, Operation, Views, fast};
+use crate::error::Result;
 use crate::graph::{Graph, Shape, Val};
+
+pub mod launch;
 
 /// Where a head finds its q, k and v among the channels of qkv.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -155,10 +159,20 @@ impl Attention {
         let c = s.c / 3;
         assert!(c.is_multiple_of(heads), "attention: {c} channels do not divide into {heads} heads");
         let shape = AttentionShape { n: s.n, s: s.h * s.w, heads, d: c / heads, order };
-        let out = g.arena("attention", Shape { c, ..s });
+        let out = g.activation("attention", Shape { c, ..s });
         let lse = g.arena("lse", Shape::new(s.n, heads, 1, shape.s));
         g.push(Attention { out, lse, qkv, shape });
         out
+    }
+
+    fn is_half(&self, g: &Graph) -> Result<bool> {
+        launch::is_half("attention", g, &[self.qkv, self.out], &self.shape)
+    }
+}
+
+impl AttentionBackward {
+    fn is_half(&self, g: &Graph) -> Result<bool> {
+        launch::is_half("attention backward", g, &[self.qkv, self.out, self.dout, self.dqkv], &self.shape)
     }
 }
 
@@ -180,6 +194,13 @@ impl Operation for Attention {
         let (out, lse) = (m.f32_mut(self.out), m.f32_mut(self.lse));
         fast::attention::forward(m.isa(), out, lse, m.f32(self.qkv), &self.shape, m.scratch());
     }
+    fn prepare_cuda(&self, g: &Graph) -> Result<Vec<u8>> {
+        self.is_half(g).map(|_| Vec::new())
+    }
+    fn launch(&self, m: &Launcher) -> Result<()> {
+        let f = launch::Forward { out: m.ptr(self.out), lse: m.ptr(self.lse), qkv: m.ptr(self.qkv) };
+        launch::forward(m.driver, &self.shape, self.is_half(m.graph)?, launch::FULL, &f)
+    }
 }
 
 impl Operation for AttentionBackward {
@@ -199,5 +220,21 @@ impl Operation for AttentionBackward {
     fn run_cpu(&self, m: &Views) {
         let (dout, qkv, out, lse) = (m.f32(self.dout), m.f32(self.qkv), m.f32(self.out), m.f32(self.lse));
         fast::attention::backward(m.isa(), m.f32_mut(self.dqkv), dout, qkv, out, lse, &self.shape, m.scratch());
+    }
+    fn prepare_cuda(&self, g: &Graph) -> Result<Vec<u8>> {
+        self.is_half(g).map(|_| Vec::new())
+    }
+    fn workspace(&self, _g: &Graph) -> usize {
+        launch::backward_workspace(&self.shape)
+    }
+    fn launch(&self, m: &Launcher) -> Result<()> {
+        let b = launch::Backward {
+            dqkv: m.ptr(self.dqkv),
+            dout: m.ptr(self.dout),
+            qkv: m.ptr(self.qkv),
+            out: m.ptr(self.out),
+            lse: m.ptr(self.lse),
+        };
+        launch::backward(m.driver, &self.shape, self.is_half(m.graph)?, launch::FULL, &b, m.workspace)
     }
 }

@@ -1,8 +1,14 @@
-//! Mean of 2x2 pixels, stride 2: (n, h, w, c) to (n, h/2, w/2, c), f32. An odd last row or column is left out.
+//! Mean of 2x2 pixels, stride 2: (n, h, w, c) to (n, h/2, w/2, c), f32, or bf16 on CUDA. An odd last row or column is left
+//! out.
 //!
 //! Its gradient gives each of the four pixels a quarter of dy, and a pixel left out none.
+//!
+//! Kernels: `kernels/avg_pool.cu`.
 
+use super::launch::{self, Launcher};
 use super::{Cost, Operation, Views};
+use crate::args;
+use crate::error::Result;
 use crate::graph::{Graph, Shape, Val};
 
 /// y = mean over 2x2 pixels of x.
@@ -29,7 +35,7 @@ impl AvgPool {
     /// Appends the pooling of `x`.
     pub fn record(g: &mut Graph, x: Val) -> Val {
         let s = g.shape(x);
-        let y = g.arena("avg_pool", Shape::new(s.n, s.h / 2, s.w / 2, s.c));
+        let y = g.shaped_like("avg_pool", x, Shape::new(s.n, s.h / 2, s.w / 2, s.c));
         g.push(AvgPool { y, x });
         y
     }
@@ -48,6 +54,15 @@ impl Operation for AvgPool {
     fn run_cpu(&self, m: &Views) {
         forward_cpu(m.f32_mut(self.y), m.f32(self.x), m.graph().shape(self.x));
     }
+    fn prepare_cuda(&self, g: &Graph) -> Result<Vec<u8>> {
+        launch::check("avg_pool", g, [self.y, self.x]).map(|()| Vec::new())
+    }
+    fn launch(&self, m: &Launcher) -> Result<()> {
+        let s = m.graph.shape(self.x);
+        let len = m.graph.shape(self.y).len();
+        let args = args![m.ptr(self.y), m.ptr(self.x), len as i64, s.h as i32, s.w as i32, s.c as i32];
+        m.start_elementwise("avg_pool", self.y, len, args)
+    }
 }
 
 impl Operation for AvgPoolBackward {
@@ -63,6 +78,17 @@ impl Operation for AvgPoolBackward {
     fn run_cpu(&self, m: &Views) {
         let add = self.add.map(|v| m.f32(v));
         backward_cpu(m.f32_mut(self.dx), m.f32(self.dy), add, m.graph().shape(self.dx));
+    }
+    fn prepare_cuda(&self, g: &Graph) -> Result<Vec<u8>> {
+        let vals = [self.dx, self.dy].into_iter().chain(self.add);
+        launch::check("avg_pool backward", g, vals).map(|()| Vec::new())
+    }
+    fn launch(&self, m: &Launcher) -> Result<()> {
+        let s = m.graph.shape(self.dx);
+        let len = s.n * s.h.div_ceil(2) * s.w.div_ceil(2) * s.c;
+        let args =
+            args![m.ptr(self.dx), m.ptr(self.dy), m.optional(self.add), len as i64, s.h as i32, s.w as i32, s.c as i32];
+        m.start_elementwise("avg_pool_backward", self.dx, len, args)
     }
 }
 

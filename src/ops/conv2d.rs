@@ -1,6 +1,6 @@
-//! Convolution over NHWC images, 1x1 or 3x3 with "same" padding, with what the U-Net puts around it:
+//! Convolution over NHWC images, 1x1 or 3x3 with padding, with what the U-Net puts around it:
 //!
-//! `y[n,p,o] = bias[o] + shift[n,o] + residual[n,p,o] + Σ_{tap,c} x[n, p·stride + tap, c] · w[o,tap,c]`
+//! `y[n,p,o] = bias[o] + shift[n,o] + residual[n,p,o] + Σ_{tap,c} x[n, p·stride + tap - pad, c] · w[o,tap,c]`
 //!
 //! x: (n, h, w, ca + cb) as two sources; with `upsample`, x is first enlarged to (n, 2h, 2w) by repeating each pixel.
 //! w: (oc, k, k, ca + cb). y: (n, oh, ow, oc). Outside the image x is 0.
@@ -9,6 +9,8 @@ mod geometry;
 pub mod launch;
 mod step;
 
+use super::Op;
+use super::group_norm::Parts;
 use super::view::{Cat, Rows, RowsMut};
 use crate::graph::{Graph, Shape, Source, Val};
 
@@ -27,12 +29,14 @@ pub struct ConvShape {
     pub cb: usize,
     /// Output channels.
     pub oc: usize,
-    /// Kernel size, 1 or 3; the padding is k/2.
+    /// Kernel size, 1 or 3.
     pub k: usize,
     /// Step between outputs, 1 or 2.
     pub stride: usize,
     /// Nearest x2 enlargement before a 3x3 convolution of stride 1.
     pub upsample: bool,
+    /// Zeros before the first row and column: k/2; for a 3x3 of stride 2 also 0, with one row and column behind the last.
+    pub pad: usize,
 }
 
 impl ConvShape {
@@ -81,14 +85,16 @@ impl ConvShape {
         assert!(self.k == 1 || self.k == 3, "conv2d: kernel size {} is neither 1 nor 3", self.k);
         assert!(self.stride == 1 || self.stride == 2, "conv2d: stride {} is neither 1 nor 2", self.stride);
         assert!(!self.upsample || (self.k == 3 && self.stride == 1), "conv2d: upsampling needs a 3x3 of stride 1");
+        let behind = self.pad == 0 && self.k == 3 && self.stride == 2 && self.h % 2 == 0 && self.w % 2 == 0;
+        assert!(self.pad == self.k / 2 || behind, "conv2d: padding {} of {self:?}", self.pad);
         let sizes = [self.n, self.h, self.w, self.ca, self.oc];
         assert!(sizes.iter().all(|&size| size > 0), "conv2d: a size is 0 in {self:?}");
     }
 
     /// Pixel of the input under tap (`kh`, `kw`) of output pixel (`oy`, `ox`) of image `n`; none in the padding.
     pub fn source(&self, n: usize, oy: usize, ox: usize, kh: usize, kw: usize) -> Option<usize> {
-        let y = (oy * self.stride + kh).checked_sub(self.k / 2).filter(|&y| y < self.vh())?;
-        let x = (ox * self.stride + kw).checked_sub(self.k / 2).filter(|&x| x < self.vw())?;
+        let y = (oy * self.stride + kh).checked_sub(self.pad).filter(|&y| y < self.vh())?;
+        let x = (ox * self.stride + kw).checked_sub(self.pad).filter(|&x| x < self.vw())?;
         let up = usize::from(self.upsample);
         Some((n * self.h + (y >> up)) * self.w + (x >> up))
     }
@@ -223,6 +229,8 @@ pub fn backward_weight_cpu(
 pub struct Conv2d {
     /// Result, (n, oh, ow, oc).
     pub y: Val,
+    /// Statistics of its parts, (n, parts, 2, oc), for the norm that follows; see [`Parts`].
+    pub sums: Option<Val>,
     /// Input, possibly in two parts.
     pub x: Source,
     /// Weights, (oc, k, k, c).
@@ -276,6 +284,8 @@ pub struct Conv2dBackwardWeight {
 pub struct ConvOptions {
     /// Stride 2 rather than 1.
     pub downsample: bool,
+    /// No padding before the image, one row and column behind it.
+    pub pad_behind: bool,
     /// Nearest-neighbour enlargement by 2 before it.
     pub upsample: bool,
     /// Per-image, per-channel addend: rows of a matrix from this column on.
@@ -298,11 +308,23 @@ impl Conv2d {
             k: ws.h,
             stride: 1 + usize::from(o.downsample),
             upsample: o.upsample,
+            pad: if o.pad_behind { 0 } else { ws.h / 2 },
         };
+        shape.check();
         assert_eq!(shape.c(), ws.c, "conv2d: {} input channels for {}", shape.c(), g[w].name);
         let y = g.activation("conv2d", Shape::new(s.n, shape.oh(), shape.ow(), shape.oc));
-        g.push(Conv2d { y, x, w, b, shift: o.shift, residual: o.residual, shape });
+        g.push(Conv2d { y, sums: None, x, w, b, shift: o.shift, residual: o.residual, shape });
         y
+    }
+
+    /// The statistics of the parts of `y`, which the convolution that makes it is to leave behind; none if none makes it.
+    pub fn sums_of(g: &mut Graph, y: Val) -> Option<(Val, Parts)> {
+        let i = g.steps.iter().rposition(|step| matches!(&step.op, Op::Conv2d(conv) if conv.y == y))?;
+        let Op::Conv2d(conv) = g.steps[i].op.clone() else { return None };
+        let (s, parts) = (conv.shape, Parts::of_conv(&conv.shape));
+        let sums = conv.sums.unwrap_or_else(|| g.arena("sums", Shape::new(s.n, parts.parts(), 2, s.oc)));
+        g.steps[i].op = Conv2d { sums: Some(sums), ..conv }.into();
+        Some((sums, parts))
     }
 }
 

@@ -1,8 +1,13 @@
-//! Class embedding: y[n] = x[n] + table[label[n]].   x, y: (n, c) f32; table: (classes, c); labels: (n) i32.
+//! Class embedding: y[n] = x[n] + table[label[n]].   x, y: (n, c) f32, or bf16 on CUDA; table: (classes, c) f32; labels: (n) i32.
 //!
 //! The gradient of x is that of y; the table's row k gets the sum of dy over the images of class k, in their order.
+//!
+//! Kernels: `kernels/embedding.cu`.
 
+use super::launch::{self, Launcher};
 use super::{Cost, Operation, Views};
+use crate::args;
+use crate::error::Result;
 use crate::graph::{Graph, Val};
 
 /// y = x + table[labels].
@@ -34,7 +39,7 @@ pub struct EmbeddingBackward {
 impl Embedding {
     /// Appends y = x + table[labels].
     pub fn record(g: &mut Graph, x: Val, table: Val, labels: Val) -> Val {
-        let y = g.arena("emb + label_emb", g.shape(x));
+        let y = g.like("emb + label_emb", x);
         g.push(Embedding { y, x, table, labels });
         y
     }
@@ -48,11 +53,20 @@ impl Operation for Embedding {
         vec![self.x, self.table, self.labels]
     }
     fn cost(&self, g: &Graph) -> Cost {
-        let y = g[self.y].bytes() as f64;
-        Cost { flops: y / 4.0, read: 2.0 * y + g[self.labels].bytes() as f64, written: y }
+        // Each image gathers a row of the table.
+        let (y, len) = (g[self.y].bytes() as f64, g.shape(self.y).len() as f64);
+        Cost { flops: len, read: y + 4.0 * len + g[self.labels].bytes() as f64, written: y }
     }
     fn run_cpu(&self, m: &Views) {
         forward_cpu(m.f32_mut(self.y), m.f32(self.x), m.f32(self.table), m.get(self.labels));
+    }
+    fn prepare_cuda(&self, g: &Graph) -> Result<Vec<u8>> {
+        launch::check("embedding", g, [self.y, self.x]).map(|()| Vec::new())
+    }
+    fn launch(&self, m: &Launcher) -> Result<()> {
+        let (len, c) = (m.graph.shape(self.y).len(), m.graph.shape(self.y).c);
+        let [y, x, table, labels] = [self.y, self.x, self.table, self.labels].map(|v| m.ptr(v));
+        m.start_elementwise("embedding", self.y, len, args![y, x, table, labels, len as i64, c as i32])
     }
 }
 
@@ -64,10 +78,22 @@ impl Operation for EmbeddingBackward {
         vec![self.dy, self.labels]
     }
     fn cost(&self, g: &Graph) -> Cost {
-        Cost::of(self, g, g.shape(self.dy).len() as f64)
+        let cost = Cost::of(self, g, g.shape(self.dy).len() as f64);
+        Cost { read: cost.read + if self.accumulate { cost.written } else { 0.0 }, ..cost }
     }
     fn run_cpu(&self, m: &Views) {
         backward_cpu(m.f32_mut(self.dtable), m.f32(self.dy), m.get(self.labels), self.accumulate);
+    }
+    fn prepare_cuda(&self, g: &Graph) -> Result<Vec<u8>> {
+        launch::check("embedding backward", g, [self.dy])?;
+        launch::check("embedding backward", g, [self.dtable]).map(|()| Vec::new())
+    }
+    fn launch(&self, m: &Launcher) -> Result<()> {
+        let (table, dy) = (m.graph.shape(self.dtable), m.graph.shape(self.dy));
+        let [dtable, from, labels] = [self.dtable, self.dy, self.labels].map(|v| m.ptr(v));
+        let sizes = [dy.n, dy.c, usize::from(self.accumulate)].map(|n| n as i32);
+        let args = args![dtable, from, labels, table.len() as i64, sizes[0], sizes[1], sizes[2]];
+        m.start_elementwise("embedding_backward", self.dy, table.len(), args)
     }
 }
 

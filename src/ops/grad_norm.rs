@@ -2,6 +2,9 @@
 //!
 //! Two stages with a fixed partition, so that the sum does not depend on the number of threads.
 //!
+//! A guarded norm is not finite either when one of the step's losses, (n) f32, is not, nor when the norm of the step before was not:
+//! after a failed step the optimiser leaves the weights alone until the host has seen it, however many steps were started.
+//!
 //! Kernels: `kernels/grad_norm.cu`, a block per 16,384 elements, then one block over their sums.
 
 use super::launch::Launcher;
@@ -21,13 +24,24 @@ pub struct GradNorm {
     pub norm: Val,
     /// All gradients.
     pub grads: Val,
+    /// The losses of a guarded norm.
+    pub guard: Option<Val>,
 }
 
 impl GradNorm {
     /// Appends the norm of all gradients.
     pub fn record(g: &mut Graph, grads: Val) -> Val {
+        Self::append(g, grads, None)
+    }
+
+    /// Appends the norm of all gradients, guarded by the step's losses.
+    pub fn record_guarded(g: &mut Graph, grads: Val, loss: Val) -> Val {
+        Self::append(g, grads, Some(loss))
+    }
+
+    fn append(g: &mut Graph, grads: Val, guard: Option<Val>) -> Val {
         let norm = g.fixed("grad_norm", Shape::rows(1, 1), DType::F32, Region::State);
-        g.push(GradNorm { norm, grads });
+        g.push(GradNorm { norm, grads, guard });
         norm
     }
 }
@@ -37,7 +51,7 @@ impl Operation for GradNorm {
         vec![self.norm]
     }
     fn inputs(&self) -> Vec<Val> {
-        vec![self.grads]
+        [self.grads].into_iter().chain(self.guard).collect()
     }
     fn cost(&self, g: &Graph) -> Cost {
         Cost::of(self, g, 2.0 * g.shape(self.grads).len() as f64)
@@ -47,7 +61,13 @@ impl Operation for GradNorm {
     }
     fn run_cpu(&self, m: &Views) {
         let partial: &mut [f64] = bytemuck::cast_slice_mut(m.scratch());
-        m.f32_mut(self.norm)[0] = norm_cpu(m.f32(self.grads), partial);
+        let (norm, before) = (norm_cpu(m.f32(self.grads), partial), m.f32_mut(self.norm));
+        let losses = self.guard.map(|v| m.f32(v));
+        before[0] = match losses {
+            Some(_) if !before[0].is_finite() => before[0],
+            Some(losses) if losses.iter().any(|x| !x.is_finite()) => f32::NAN,
+            _ => norm,
+        };
     }
     fn prepare_cuda(&self, g: &Graph) -> Result<Vec<u8>> {
         Ok(vec![0; 8 * g.shape(self.grads).len().div_ceil(CHUNK)])
@@ -56,7 +76,8 @@ impl Operation for GradNorm {
         let len = m.graph.shape(self.grads).len();
         let chunks = len.div_ceil(CHUNK);
         m.start("grad_norm_partial", chunks, args![m.memory, m.ptr(self.grads), len as i64])?;
-        m.start("grad_norm", 1, args![m.ptr(self.norm), m.memory, chunks as i64])
+        let images = self.guard.map_or(0, |v| m.graph.shape(v).len());
+        m.start("grad_norm", 1, args![m.ptr(self.norm), m.memory, chunks as i64, m.optional(self.guard), images as i64])
     }
 }
 

@@ -5,8 +5,15 @@
 //!
 //! x, y: (n, s, ca + cb), x as two sources (a group may lie in both); mean, rstd: (n, groups); gamma, beta: (ca + cb).
 
+mod launch;
+mod parts;
+mod step;
+
+pub use parts::Parts;
+
+use super::Views;
+use super::conv2d::Conv2d;
 use super::view::{Cat, Rows, RowsMut};
-use super::{Cost, Operation, Views, fast};
 use crate::graph::{Graph, Shape, Source, Val};
 use crate::rng::philox;
 
@@ -278,7 +285,11 @@ pub struct DropoutStep {
 impl DropoutStep {
     fn at(&self, m: &Views) -> Dropout {
         let control = m.control(self.control);
-        Dropout { p: self.p, seed: control.seed, step: control.step, op: self.op, first_image: self.first_image }
+        self.with(control.seed, control.step)
+    }
+
+    fn with(&self, seed: u64, step: u32) -> Dropout {
+        Dropout { p: self.p, seed, step, op: self.op, first_image: self.first_image }
     }
 }
 
@@ -293,6 +304,8 @@ pub struct GroupNorm {
     pub rstd: Val,
     /// Input, possibly in two parts.
     pub x: Source,
+    /// Statistics of the parts of each source, (n, parts, 2, channels), where its convolution leaves them behind; used on CUDA.
+    pub sums: [Option<(Val, Parts)>; 2],
     /// Gain, (c).
     pub gamma: Val,
     /// Offset, (c).
@@ -327,7 +340,7 @@ pub struct GroupNormBackward {
 }
 
 /// What a norm does besides normalising.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct NormOptions {
     /// SiLU after it.
     pub silu: bool,
@@ -335,105 +348,42 @@ pub struct NormOptions {
     pub scale_shift: Option<(Val, usize)>,
     /// Dropout after the activation.
     pub dropout: Option<DropoutStep>,
+    /// Added to the variance.
+    pub eps: f32,
+}
+
+impl Default for NormOptions {
+    fn default() -> Self {
+        NormOptions { silu: false, scale_shift: None, dropout: None, eps: 1e-5 }
+    }
 }
 
 /// Groups of every norm of the network.
 pub const GROUPS: usize = 32;
 
 impl GroupNorm {
-    /// Appends the norm of `x` in [`GROUPS`] groups, eps 1e-5.
+    /// Appends the norm of `x` in [`GROUPS`] groups.
     pub fn record(g: &mut Graph, x: Source, gamma: Val, beta: Val, o: NormOptions) -> Val {
         let s = g.shape(x.a);
         let (ca, cb) = (s.c, x.b.map_or(0, |b| g.shape(b).c));
         let shape =
-            GroupNormShape { n: s.n, s: s.h * s.w, ca, cb, groups: GROUPS, eps: 1e-5, silu: o.silu, dropout: None };
-        let y = g.arena("group_norm", Shape { c: ca + cb, ..s });
+            GroupNormShape { n: s.n, s: s.h * s.w, ca, cb, groups: GROUPS, eps: o.eps, silu: o.silu, dropout: None };
+        let y = g.shaped_like("group_norm", x.a, Shape { c: ca + cb, ..s });
+        let sums = [Some(x.a), x.b].map(|v| if g.epilogue_sums { Conv2d::sums_of(g, v?) } else { None });
         let mean = g.arena("mean", Shape::rows(s.n, GROUPS));
         let rstd = g.arena("rstd", Shape::rows(s.n, GROUPS));
-        g.push(GroupNorm { y, mean, rstd, x, gamma, beta, scale_shift: o.scale_shift, dropout: o.dropout, shape });
-        y
-    }
-
-    fn shape(&self, m: &Views) -> GroupNormShape {
-        GroupNormShape { dropout: self.dropout.map(|d| d.at(m)), ..self.shape }
-    }
-
-    fn params(&self) -> impl Iterator<Item = Val> {
-        let rows = self.scale_shift.map(|(v, _)| v);
-        [self.gamma, self.beta].into_iter().chain(rows).chain(self.dropout.map(|d| d.control))
-    }
-}
-
-impl Operation for GroupNorm {
-    fn outputs(&self) -> Vec<Val> {
-        vec![self.y, self.mean, self.rstd]
-    }
-    fn inputs(&self) -> Vec<Val> {
-        self.x.vals().chain(self.params()).collect()
-    }
-    fn cost(&self, g: &Graph) -> Cost {
-        Cost::of(self, g, 10.0 * g.shape(self.y).len() as f64)
-    }
-    fn scratch(&self, _g: &Graph) -> usize {
-        fast::group_norm::forward_scratch(&self.shape)
-    }
-    fn run_cpu(&self, m: &Views) {
-        let (y, mean, rstd) = (m.f32_mut(self.y), m.f32_mut(self.mean), m.f32_mut(self.rstd));
-        let (gamma, beta) = (m.f32(self.gamma), m.f32(self.beta));
-        let rows = self.scale_shift.map(|(v, col)| m.rows(v, col));
-        fast::group_norm::forward(
-            m.isa(),
+        g.push(GroupNorm {
             y,
             mean,
             rstd,
-            m.cat(self.x),
+            x,
+            sums,
             gamma,
             beta,
-            rows,
-            &self.shape(m),
-            m.scratch(),
-        );
-    }
-}
-
-impl Operation for GroupNormBackward {
-    fn outputs(&self) -> Vec<Val> {
-        self.dx.vals().chain([self.dgamma, self.dbeta]).chain(self.dscale_shift.map(|(v, _)| v)).collect()
-    }
-    fn inputs(&self) -> Vec<Val> {
-        let f = &self.forward;
-        let saved = [self.dy, f.mean, f.rstd];
-        saved.into_iter().chain(f.x.vals()).chain(f.params()).chain(self.add.into_iter().flatten()).collect()
-    }
-    fn cost(&self, g: &Graph) -> Cost {
-        Cost::of(self, g, 30.0 * g.shape(self.dy).len() as f64)
-    }
-    fn scratch(&self, _g: &Graph) -> usize {
-        fast::group_norm::backward_scratch(&self.forward.shape)
-    }
-    fn run_cpu(&self, m: &Views) {
-        let f = &self.forward;
-        let dxb: &mut [f32] = self.dx.b.map_or(&mut [], |v| m.f32_mut(v));
-        let [add_a, add_b] = self.add.map(|v| v.map(|v| m.f32(v)));
-        fast::group_norm::backward(
-            m.isa(),
-            m.f32_mut(self.dx.a),
-            dxb,
-            m.f32_mut(self.dgamma),
-            m.f32_mut(self.dbeta),
-            self.dscale_shift.map(|(v, col)| m.rows_mut(v, col)),
-            m.f32(self.dy),
-            m.cat(f.x),
-            m.f32(f.mean),
-            m.f32(f.rstd),
-            m.f32(f.gamma),
-            m.f32(f.beta),
-            f.scale_shift.map(|(v, col)| m.rows(v, col)),
-            add_a,
-            add_b,
-            self.accumulate,
-            &f.shape(m),
-            m.scratch(),
-        );
+            scale_shift: o.scale_shift,
+            dropout: o.dropout,
+            shape,
+        });
+        y
     }
 }

@@ -111,7 +111,7 @@ fn sizes(g: &Graph, x: Val, w: Val) -> (usize, usize, usize) {
 
 /// On CUDA a linear layer is the convolution of an image of one row: n pixels of c channels.
 fn conv_shape((n, c, oc): (usize, usize, usize)) -> ConvShape {
-    ConvShape { n: 1, h: 1, w: n, ca: c, cb: 0, oc, k: 1, stride: 1, upsample: false }
+    ConvShape { n: 1, h: 1, w: n, ca: c, cb: 0, oc, k: 1, stride: 1, upsample: false, pad: 0 }
 }
 
 fn flops((n, c, oc): (usize, usize, usize)) -> f64 {

@@ -1,8 +1,13 @@
 //! SiLU of a row vector, for the time embedding: y = x s, s = sigmoid(x); dx = dy s (1 + x (1 - s)) + add.
 //!
-//! All (n, c) f32. Inside the network SiLU is part of [`super::group_norm`].
+//! All (n, c) f32, or bf16 on CUDA. Inside the network SiLU is part of [`super::group_norm`].
+//!
+//! Kernels: `kernels/silu.cu`.
 
+use super::launch::{self, Launcher};
 use super::{Cost, Operation, Views};
+use crate::args;
+use crate::error::Result;
 use crate::graph::{Graph, Val};
 
 /// y = silu(x).
@@ -31,7 +36,7 @@ impl Silu {
     /// Appends y = silu(x).
     pub fn record(g: &mut Graph, x: Val) -> Val {
         let name = format!("silu {}", g[x].name);
-        let y = g.arena(&name, g.shape(x));
+        let y = g.like(&name, x);
         g.push(Silu { y, x });
         y
     }
@@ -50,6 +55,13 @@ impl Operation for Silu {
     fn run_cpu(&self, m: &Views) {
         forward_cpu(m.f32_mut(self.y), m.f32(self.x));
     }
+    fn prepare_cuda(&self, g: &Graph) -> Result<Vec<u8>> {
+        launch::check("silu", g, [self.y, self.x]).map(|()| Vec::new())
+    }
+    fn launch(&self, m: &Launcher) -> Result<()> {
+        let len = m.graph.shape(self.y).len();
+        m.start_elementwise("silu", self.y, len, args![m.ptr(self.y), m.ptr(self.x), len as i64])
+    }
 }
 
 impl Operation for SiluBackward {
@@ -64,6 +76,14 @@ impl Operation for SiluBackward {
     }
     fn run_cpu(&self, m: &Views) {
         backward_cpu(m.f32_mut(self.dx), m.f32(self.dy), m.f32(self.x), self.add.map(|v| m.f32(v)));
+    }
+    fn prepare_cuda(&self, g: &Graph) -> Result<Vec<u8>> {
+        launch::check("silu backward", g, self.outputs().into_iter().chain(self.inputs())).map(|()| Vec::new())
+    }
+    fn launch(&self, m: &Launcher) -> Result<()> {
+        let len = m.graph.shape(self.dx).len();
+        let args = args![m.ptr(self.dx), m.ptr(self.dy), m.ptr(self.x), m.optional(self.add), len as i64];
+        m.start_elementwise("silu_backward", self.dx, len, args)
     }
 }
 

@@ -1,8 +1,13 @@
-//! Nearest-neighbour enlargement by 2: (n, h, w, c) to (n, 2h, 2w, c), f32.
+//! Nearest-neighbour enlargement by 2: (n, h, w, c) to (n, 2h, 2w, c), f32, or bf16 on CUDA.
 //!
 //! Its gradient sums dy over each 2x2 pixels. Before a 3x3 convolution it is part of [`super::conv2d`] instead.
+//!
+//! Kernels: `kernels/upsample.cu`.
 
+use super::launch::{self, Launcher};
 use super::{Cost, Operation, Views};
+use crate::args;
+use crate::error::Result;
 use crate::graph::{Graph, Shape, Val};
 
 /// y[2i + a][2j + b] = x[i][j], a and b in {0, 1}.
@@ -29,7 +34,7 @@ impl Upsample {
     /// Appends the enlargement of `x`.
     pub fn record(g: &mut Graph, x: Val) -> Val {
         let s = g.shape(x);
-        let y = g.arena("upsample", Shape::new(s.n, 2 * s.h, 2 * s.w, s.c));
+        let y = g.shaped_like("upsample", x, Shape::new(s.n, 2 * s.h, 2 * s.w, s.c));
         g.push(Upsample { y, x });
         y
     }
@@ -48,6 +53,15 @@ impl Operation for Upsample {
     fn run_cpu(&self, m: &Views) {
         forward_cpu(m.f32_mut(self.y), m.f32(self.x), m.graph().shape(self.x));
     }
+    fn prepare_cuda(&self, g: &Graph) -> Result<Vec<u8>> {
+        launch::check("upsample", g, [self.y, self.x]).map(|()| Vec::new())
+    }
+    fn launch(&self, m: &Launcher) -> Result<()> {
+        let s = m.graph.shape(self.x);
+        let len = s.len();
+        let args = args![m.ptr(self.y), m.ptr(self.x), len as i64, s.h as i32, s.w as i32, s.c as i32];
+        m.start_elementwise("upsample", self.y, len, args)
+    }
 }
 
 impl Operation for UpsampleBackward {
@@ -63,6 +77,17 @@ impl Operation for UpsampleBackward {
     fn run_cpu(&self, m: &Views) {
         let add = self.add.map(|v| m.f32(v));
         backward_cpu(m.f32_mut(self.dx), m.f32(self.dy), add, m.graph().shape(self.dx));
+    }
+    fn prepare_cuda(&self, g: &Graph) -> Result<Vec<u8>> {
+        let vals = [self.dx, self.dy].into_iter().chain(self.add);
+        launch::check("upsample backward", g, vals).map(|()| Vec::new())
+    }
+    fn launch(&self, m: &Launcher) -> Result<()> {
+        let s = m.graph.shape(self.dx);
+        let len = s.len();
+        let args =
+            args![m.ptr(self.dx), m.ptr(self.dy), m.optional(self.add), len as i64, s.h as i32, s.w as i32, s.c as i32];
+        m.start_elementwise("upsample_backward", self.dx, len, args)
     }
 }
 

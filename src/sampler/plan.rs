@@ -7,7 +7,7 @@ use crate::config::{DiffusionConfig, ModelConfig};
 use crate::device::Plan;
 use crate::diffusion::gaussian::Output;
 use crate::error::Result;
-use crate::graph::{DType, Graph, Region, Shape, Source, Val};
+use crate::graph::{DType, Graph, Region, Shape, Source, Target, Val};
 use crate::ops::dynamic_threshold::DynamicThreshold;
 use crate::ops::p_sample::PSample;
 use crate::schedule::Process;
@@ -19,6 +19,8 @@ use std::sync::Arc;
 pub(super) struct Vals {
     /// x_t, (m, h, w, c).
     pub x: Val,
+    /// x as the network reads it, where that is bf16.
+    pub copy: Option<Val>,
     /// Predicted x_0, (n, h, w, c).
     pub x_0: Val,
     /// Time values, (m).
@@ -33,15 +35,16 @@ pub(super) struct Vals {
     pub control: Val,
 }
 
-/// Records a pass.
+/// Records a pass for `target`.
 pub(super) fn record(
     model: &ModelConfig,
     diffusion: &DiffusionConfig,
     params: &Params,
     settings: &SampleSettings,
     process: &Arc<Process>,
+    target: Target,
 ) -> (Graph, Vals) {
-    let mut g = Graph::new();
+    let mut g = Graph::on(target);
     let vals = params.declare(&mut g);
     let seen = settings.batch * settings.copies();
     let (rows, side) = (Shape::rows(seen, 1), model.image_size);
@@ -53,12 +56,14 @@ pub(super) fn record(
     let labels = model.num_classes.map(|_| g.fixed("labels", rows, DType::I32, Region::Inputs));
     let x = g.fixed("x", size, DType::F32, Region::State);
     let x_0 = g.fixed("x_0", pictures, DType::F32, Region::State);
-    let low_res = model.low_res.map(|_| g.fixed("low_res", size, DType::F32, Region::Inputs));
-    let out = unet::record(&mut g, model, &vals, Source { a: x, b: low_res }, time, labels, None).out;
+    let copy = g.half.then(|| g.fixed("x bf16", size, DType::Bf16, Region::State));
+    let low_res = model.low_res.map(|_| g.fixed("low_res", size, g.float(), Region::Inputs));
+    let input = Source { a: copy.unwrap_or(x), b: low_res };
+    let out = unet::record(&mut g, model, &vals, input, time, labels, None).out;
     g.scope("sample");
     let mut step = PSample {
         x,
-        copy: None,
+        copy,
         x_0: Some(x_0),
         out,
         seeds,
@@ -77,19 +82,21 @@ pub(super) fn record(
         step.threshold = Some(threshold);
     }
     g.push(step);
-    (g, Vals { x, x_0, time, labels, low_res, seeds, control })
+    (g, Vals { x, copy, x_0, time, labels, low_res, seeds, control })
 }
 
-/// The plan that [`super::Sampler::new`] binds, for printing.
+/// The plan that [`super::Sampler::new`] binds to a device of `target`, for printing.
 ///
 /// # Errors
-/// When the process of `diffusion` cannot be.
+/// Those of [`SampleSettings::validate`]; when the process of `diffusion` cannot be.
 pub fn plan(
     model: &ModelConfig,
     diffusion: &DiffusionConfig,
     params: &Params,
     settings: &SampleSettings,
+    target: Target,
 ) -> Result<Plan> {
+    settings.validate()?;
     let process = Arc::new(Process::from_config(diffusion)?);
-    Ok(Plan::new(record(model, diffusion, params, settings, &process).0, true))
+    Ok(Plan::new(record(model, diffusion, params, settings, &process, target).0, true))
 }

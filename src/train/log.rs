@@ -229,18 +229,6 @@ pub fn duration(seconds: f64) -> String {
     }
 }
 
-/// `12.3 MiB`.
-pub fn bytes(n: usize) -> String {
-    let (mut x, mut unit) = (n as f64, "B");
-    for next in ["KiB", "MiB", "GiB", "TiB", "PiB"] {
-        if x < 1024.0 {
-            break;
-        }
-        (x, unit) = (x / 1024.0, next);
-    }
-    if unit == "B" { format!("{n} B") } else { format!("{x:.1} {unit}") }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -272,8 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_and_times_for_people() {
-        assert_eq!([bytes(1), bytes(1536), bytes(5 << 30)], ["1 B", "1.5 KiB", "5.0 GiB"]);
+    fn times_for_people() {
         assert_eq!([duration(9.6), duration(250.0), duration(11_100.0)], ["10s", "4m10s", "3h05m"]);
         assert_eq!(duration(f64::NAN), "unknown");
     }

@@ -7,7 +7,7 @@ use crate::autograd;
 use crate::config::Config;
 use crate::diffusion::Objective;
 use crate::error::Result;
-use crate::graph::{DType, Graph, Region, Shape, Source, Val};
+use crate::graph::{DType, Graph, Region, Shape, Source, Target, Val};
 use crate::ops::Control;
 use crate::ops::adamw_ema::{AdamwEma, Hyper};
 use crate::ops::grad_norm::GradNorm;
@@ -50,21 +50,21 @@ pub fn hyper(config: &Config) -> Hyper {
     Hyper { weight_decay: t.weight_decay, max_norm, ema_rates: t.ema_rates.clone(), ..Hyper::default() }
 }
 
-/// Records one training step on batches out of `images` images.
+/// Records one training step on batches out of `images` images, for `target`.
 ///
 /// # Errors
 /// [`crate::Error::Config`] for a process that cannot be respaced as asked.
-pub fn record(config: &Config, params: &Params, images: usize) -> Result<(Graph, TrainVals)> {
+pub fn record(config: &Config, params: &Params, images: usize, target: Target) -> Result<(Graph, TrainVals)> {
     let (m, t) = (&config.model, &config.train);
     let process = Arc::new(Process::from_config(&config.diffusion)?);
-    let mut g = Graph::new();
+    let mut g = Graph::on(target);
     g.scope("diffusion");
     let batch = Shape::rows(t.batch_size, 1);
     let control = g.fixed("control", Shape::rows(1, size_of::<Control>() / 4), DType::I32, Region::Inputs);
     let index = g.fixed("index", batch, DType::I32, Region::Inputs);
     let labels = m.num_classes.map(|_| g.fixed("labels", batch, DType::I32, Region::Inputs));
     let large = Shape::new(t.batch_size, m.image_size, m.image_size, m.in_channels);
-    let low_res = m.low_res.map(|_| g.fixed("low_res", large, DType::F32, Region::Inputs));
+    let low_res = m.low_res.map(|_| g.fixed("low_res", large, g.float(), Region::Inputs));
     let mut term = |name| g.fixed(name, batch, DType::F32, Region::State);
     let terms = LossVals { loss: term("loss"), mse: term("mse"), vb: term("vb") };
     let process_steps = process.steps();
@@ -107,6 +107,15 @@ pub fn record(config: &Config, params: &Params, images: usize) -> Result<(Graph,
     Ok((r.g, vals))
 }
 
+/// Records the norm of the weights.
+pub fn record_norm(params: &Params, target: Target) -> (Graph, Val) {
+    let mut g = Graph::on(target);
+    g.scope("weights");
+    let all = g.at("params", Shape::rows(1, params.len), DType::F32, Region::Params, 0);
+    let norm = GradNorm::record(&mut g, all);
+    (g, norm)
+}
+
 struct Recorder<'a> {
     g: Graph,
     config: &'a Config,
@@ -142,7 +151,7 @@ impl Recorder<'_> {
         let out = net.out;
         let end = g.steps.len();
         g.scope("diffusion");
-        let d_out = g.arena("d out", g.shape(out));
+        let d_out = g.like("d out", out);
         let objective = Objective::from_config(&self.config.diffusion);
         let process = self.process.clone();
         g.push(HybridLoss { d_out, terms, out, images, noise, t, weight, objective, process });
@@ -163,8 +172,9 @@ impl Recorder<'_> {
         let m = flat("adam_m", 1, Region::AdamM);
         let v = flat("adam_v", 1, Region::AdamV);
         let ema = Some(flat("ema", hyper.ema_rates.len(), Region::Ema));
-        let norm = GradNorm::record(g, grads);
-        g.push(AdamwEma { params: self.params.all, m, v, ema, copy: None, grads, norm, control: self.control, hyper });
+        let norm = GradNorm::record_guarded(g, grads, self.terms.loss);
+        let ParamVals { all: params, compute: copy, .. } = self.params;
+        g.push(AdamwEma { params, m, v, ema, copy, grads, norm, control: self.control, hyper });
         norm
     }
 }

@@ -1,8 +1,9 @@
 //! A whole run: steps until the end, with logs, samples and checkpoints on the way, and a clean stop when asked.
 
-use super::log::{self, Line, Log, Meter};
-use super::{Trainer, slots};
+use super::log::{Line, Log, Meter};
+use super::{Report, Trainer, slots};
 use crate::checkpoint;
+use crate::device::room::bytes;
 use crate::error::{Error, Result};
 use crate::graph::Region;
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -29,6 +30,8 @@ pub struct Options {
     pub time_limit: Option<Duration>,
     /// Write event files for TensorBoard too.
     pub tensorboard: bool,
+    /// Called with every checkpoint that was written.
+    pub saved: Option<fn(&Path) -> Result<()>>,
 }
 
 /// Set by Ctrl-C or SIGTERM; the second one kills the process.
@@ -76,6 +79,7 @@ pub fn run(t: &mut Trainer, o: &Options, preview: &mut dyn FnMut(&mut Trainer, &
     let (step, out) = (t.step, o.out.display());
     match ended {
         Err(Error::NonFinite(what)) => Err(Error::NonFinite(format!("{what}. Last good checkpoint: {}", saved()))),
+        Err(Error::Device(what)) => Err(Error::Device(format!("{what}. Last checkpoint: {}", saved()))),
         Err(e) => Err(e),
         Ok(End::Interrupted) => Err(Error::Interrupted(format!(
             "stopped at step {step} of {steps}, saved in {}; --resume --out {out} goes on",
@@ -105,11 +109,15 @@ fn until_end(
     let mut saved = None;
     let first = t.step + 1;
     while t.step < steps {
-        let report = t.step(&mut meter)?;
+        t.begin(&mut meter)?;
         log.step(t.step);
         let limit = o.time_limit.is_some_and(|limit| began.elapsed() >= limit);
         let last = t.step == steps || limit || stop.asked();
-        if t.step == first || t.step.is_multiple_of(o.log_interval) || last {
+        let due = |interval: u64| interval > 0 && t.step.is_multiple_of(interval);
+        let lines = t.step == first || due(o.log_interval) || last;
+        let (saves, samples) = (due(o.save_interval) || last, due(o.sample_interval) || (last && !stop.asked()));
+        let report = if lines || saves || samples { t.finish(&mut meter)? } else { Report::default() };
+        if lines {
             let seconds = since.0.elapsed().as_secs_f64();
             let per_step = seconds / (t.step - since.1) as f64;
             log.line(&Line {
@@ -126,11 +134,11 @@ fn until_end(
             since = (Instant::now(), t.step);
         }
         let mut pause = None;
-        if t.step.is_multiple_of(o.save_interval) || last {
+        if saves {
             pause = Some(Instant::now());
             saved = Some(save(t, o)?);
         }
-        if (o.sample_interval > 0 && t.step.is_multiple_of(o.sample_interval)) || (last && !stop.asked()) {
+        if samples {
             pause = pause.or(Some(Instant::now()));
             let grid = o.out.join(format!("samples-{:08}.png", t.step));
             let text = preview(t, &grid)?;
@@ -160,38 +168,42 @@ fn save(t: &Trainer, o: &Options) -> Result<PathBuf> {
     let path = o.out.join(checkpoint::file_name(t.step));
     checkpoint::save(&path, &t.snapshot()?, &slots(&t.params))?;
     checkpoint::prune(&o.out, o.keep)?;
+    o.saved.map_or(Ok(()), |also| also(&path))?;
     Ok(path)
 }
 
 /// What the run is, for people: data, settings, parameters, memory, work and end.
 pub fn describe(t: &Trainer) -> String {
     let (c, plan) = (&t.config, t.plan());
-    let of = |r| log::bytes(plan.graph.region_bytes(r));
+    let of = |r| bytes(plan.graph.region_bytes(r));
     let settings: Vec<String> = c.settings().into_iter().map(|(name, value)| format!("{name}={value}")).collect();
     let d = &c.data;
     let classes = if d.classes.is_empty() { "no labels".into() } else { format!("{} classes", d.classes.len()) };
     let side = c.model.image_size;
     let step = plan.graph.cost().flops / 1e9;
     format!(
-        "data      {}: {} images of {side}x{side}x{}, {classes}\n\
+        "device    {}\n\
+         data      {}: {} images of {side}x{side}x{}, {classes}{}\n\
          settings  {}\n\
          network   {} parameters in {} tensors\n\
          memory    {}: weights {}, gradients {}, optimiser {}, averages {}, images {}, activations {}\n\
          work      {:.3} GFLOP per image, {step:.2} per step\n\
          end       at step {}, from step {}",
+        t.device.describe(),
         d.source,
         d.images,
         c.model.in_channels,
+        if t.streams() { ", sent batch by batch" } else { "" },
         wrap(&settings, 100, "          "),
         t.params.count(),
         t.params.list.len(),
-        log::bytes(plan.bytes()),
+        bytes(plan.bytes()),
         of(Region::Params),
         of(Region::Grads),
-        log::bytes(2 * plan.graph.region_bytes(Region::AdamM)),
+        bytes(2 * plan.graph.region_bytes(Region::AdamM)),
         of(Region::Ema),
         of(Region::Data),
-        log::bytes(plan.layout.bytes),
+        bytes(plan.layout.bytes),
         step / c.train.batch_size as f64,
         c.train.steps,
         t.step,

@@ -46,6 +46,11 @@ impl Param {
         self.len() == 0
     }
 
+    /// Whether the tensor is a factor of products: the weights of a convolution or a linear layer.
+    fn is_factor(&self) -> bool {
+        self.dims.len() > 1 && self.name != "label_emb.weight"
+    }
+
     /// Size as a value of a plan.
     pub fn shape(&self) -> Shape {
         match self.dims[..] {
@@ -177,14 +182,19 @@ impl Params {
         flat
     }
 
-    /// Declares the tensors as values of `g`.
+    /// Declares the tensors as values of `g`; where activations are bf16, the weights of products as their bf16 copies.
     pub fn declare(&self, g: &mut Graph) -> ParamVals {
-        let all = g.at("params", Shape::rows(1, self.len), DType::F32, Region::Params, 0);
+        let whole = Shape::rows(1, self.len);
+        let all = g.at("params", whole, DType::F32, Region::Params, 0);
+        let compute = g.half.then(|| g.at("compute weights", whole, DType::Bf16, Region::Compute, 0));
         let mut at = |p: &Param| {
-            let v = g.at(&p.name, p.shape(), DType::F32, Region::Params, 4 * p.offset);
-            (p.name.clone(), v)
+            if compute.is_some() && p.is_factor() {
+                g.at(&p.name, p.shape(), DType::Bf16, Region::Compute, 2 * p.offset)
+            } else {
+                g.at(&p.name, p.shape(), DType::F32, Region::Params, 4 * p.offset)
+            }
         };
-        let vals = self.list.iter().map(&mut at).collect();
+        let vals = self.list.iter().map(|p| (p.name.clone(), at(p))).collect();
         let mut projection = |what: &str| -> Option<Val> {
             let ends = |p: &&Param| p.name.ends_with(&format!("emb_layers.1.{what}"));
             let parts: Vec<&Param> = self.list.iter().filter(ends).collect();
@@ -196,10 +206,10 @@ impl Params {
                 dims: [rows].into_iter().chain(dims).collect(),
                 ..(*first).clone()
             };
-            Some(g.at(&whole.name, whole.shape(), DType::F32, Region::Params, 4 * whole.offset))
+            Some(at(&whole))
         };
         let projections = projection("weight").zip(projection("bias"));
-        ParamVals { all, vals, projections }
+        ParamVals { all, compute, vals, projections }
     }
 }
 
@@ -208,6 +218,8 @@ impl Params {
 pub struct ParamVals {
     /// The whole flat region.
     pub all: Val,
+    /// The whole region of bf16 copies, where activations are bf16.
+    pub compute: Option<Val>,
     vals: HashMap<String, Val>,
     /// Weights and biases of all time-embedding projections together, if there is a residual block.
     pub projections: Option<(Val, Val)>,

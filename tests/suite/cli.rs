@@ -153,6 +153,14 @@ fn the_reference_spelling_of_flags_is_understood() {
         assert_eq!(totals(same), plain, "{same}");
     }
     assert_ne!(totals("--image_size 32 --num_channels 32 --learn_sigma False --batch_size 2"), plain);
+    let of = |line: &str, row: &str| -> f64 {
+        let text = totals(line);
+        let line = text.lines().find(|l| l.starts_with(row)).unwrap_or_else(|| panic!("no {row} in {text}"));
+        line[row.len()..].split_whitespace().find_map(|w| w.parse().ok()).unwrap()
+    };
+    // Half the bytes of every activation, and the optimiser's 38 a parameter, which stay.
+    let ratio = of("yes --device cuda", "least traffic") / of("yes --device cuda --precision f32", "least traffic");
+    assert!((0.5..0.65).contains(&ratio), "bf16 moves {ratio} of what f32 moves");
     let out = good(folder.path(), "plan --preset cifar10 --batch-size 1 --totals yes");
     assert!(out.contains("52546438 in 446 tensors"), "{out}");
 }
@@ -331,9 +339,20 @@ fn a_full_disk_leaves_the_last_checkpoint_whole() {
 
 #[test]
 fn a_signal_stops_saves_and_can_be_resumed() {
+    interrupted("cpu");
+}
+
+#[cfg(feature = "emulator")]
+#[test]
+fn a_signal_stops_a_run_on_the_emulator() {
+    interrupted("emulated");
+}
+
+fn interrupted(device: &str) {
     let folder = tempfile::tempdir().unwrap();
     let f = folder.path();
-    let line = format!("train {SMALL} --steps 1000000 --out run");
+    let small = SMALL.replace("--batch_size 4", "--batch_size 1");
+    let line = format!("train {small} --sample_interval 0 --device {device} --steps 1000000 --out run");
     let mut child =
         program().args(words(&line)).current_dir(f).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
     let began = Instant::now();
@@ -349,7 +368,7 @@ fn a_signal_stops_saves_and_can_be_resumed() {
     assert_eq!(status.code(), Some(130), "{err}");
     assert!(err.contains("stopped at step") && err.contains("--resume"), "{err}");
     let step = checkpoint::list(&f.join("run")).pop().unwrap().0;
-    good(f, &format!("train --resume --out run --steps {}", step + 1));
+    good(f, &format!("train --resume --out run --steps {} --device {device}", step + 1));
 }
 
 #[test]
@@ -364,6 +383,83 @@ fn a_loss_that_is_not_finite_stops_the_run() {
         let params = iddpm::unet::Params::new(&c.progress.config.model);
         c.weights(&iddpm::train::slots(&params), params.len).expect("saved weights are finite");
     }
+}
+
+/// Mean losses of the lines of a run's log.
+#[cfg(feature = "emulator")]
+fn losses(run: &Path) -> Vec<f64> {
+    let log = std::fs::read_to_string(run.join("log.jsonl")).unwrap();
+    log.lines().map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap()["loss"].as_f64().unwrap()).collect()
+}
+
+/// The commands with the CUDA kernels, on the emulator: 20 steps follow those of the processor, pictures and bits/dim come of
+/// them, and a run begun on one device goes on on the other.
+#[cfg(feature = "emulator")]
+fn train_sample_and_nll_emulated(precision: &str, tolerance: f64) {
+    let folder = tempfile::tempdir().unwrap();
+    let f = folder.path();
+    let device = format!("--device emulated --precision {precision}");
+    let network =
+        "--num_channels 32 --channel_mult 1,1 --num_res_blocks 1 --attention_resolutions 4 --learn_sigma True";
+    let tiny = format!(
+        "--image_size 8 {network} --diffusion_steps 2 --noise_schedule cosine --batch_size 2 --lr 1e-3 --ema_rate 0.5 \
+         --limit 8 --log_interval 1 --save_interval 20"
+    );
+    good(f, &format!("train {tiny} --steps 20 --threads 1 --out cpu"));
+    let out = good(f, &format!("train {tiny} --steps 20 --stream-data --out run {device}"));
+    assert!(
+        out.contains(&format!("device    emulated GPU (the CUDA kernels as C++ on this CPU), {precision}")),
+        "{out}"
+    );
+    assert!(out.contains("sent batch by batch") && out.contains("done: 20 steps"), "{out}");
+    let (have, want) = (losses(&f.join("run")), losses(&f.join("cpu")));
+    assert_eq!((have.len(), want.len()), (20, 20));
+    for (step, (have, want)) in have.iter().zip(&want).enumerate() {
+        let error = (have - want).abs() / want;
+        assert!(error <= tolerance, "{precision}, step {step}: loss {have}, on the processor {want}: {error} apart");
+    }
+    let out = good(f, &format!("sample --model_path run --num_samples 2 {device}"));
+    assert!(out.contains("samples_2x8x8x1.npz"), "{out}");
+    let bpd = |device: &str| {
+        let out = good(f, &format!("nll --model_path run --num_samples 1 --batch_size 3 {device}"));
+        out.lines().find_map(|l| l.strip_prefix("bits/dim  ")?.split(' ').next()?.parse::<f64>().ok()).unwrap()
+    };
+    let (have, want) = (bpd(&device), bpd("--device cpu"));
+    assert!((have - want).abs() <= tolerance * want + 5e-5, "{precision}: {have} bits/dim, on the processor {want}");
+    good(f, "train --resume --out run --steps 22 --device cpu");
+}
+
+/// Sums of a few hundred f32 products in other orders, 20 optimiser steps on.
+#[cfg(feature = "emulator")]
+#[test]
+fn train_sample_and_nll_on_the_emulator_in_f32() {
+    train_sample_and_nll_emulated("f32", 1e-4);
+}
+
+/// Each of some 60 roundings to bf16 on the way, 2^-9 of a value, moves the loss in a direction of its own: sqrt(60)/512.
+#[cfg(feature = "emulator")]
+#[test]
+fn train_sample_and_nll_on_the_emulator_in_bf16() {
+    train_sample_and_nll_emulated("bf16", 1.5e-2);
+}
+
+#[test]
+fn devices_that_cannot_be_are_told_with_the_way_out() {
+    let folder = tempfile::tempdir().unwrap();
+    let f = folder.path();
+    bad(f, "train --device gpu", &["gpu", "cpu, cuda, cuda:N"]);
+    bad(f, "train --precision f16", &["f16", "bf16", "f32"]);
+    bad(f, "train --precision bf16", &["--precision bf16", "--device cuda"]);
+    let model = newest(&trained().join("run")).display().to_string();
+    // No driver, no kernels in the program, or no GPU of this number.
+    for line in ["train".into(), format!("sample --model_path {model}"), format!("nll --model_path {model}")] {
+        let line = format!("{line} --device cuda:4096");
+        assert_bad(&at(f, &line), &line, 1, &["--device cpu"]);
+    }
+    if !cfg!(feature = "emulator") {
+        assert_bad(&at(f, "train --device emulated"), "train", 1, &["--features emulator", "--device cpu"]);
+    }
+    assert_eq!(std::fs::read_dir(f).unwrap().count(), 0, "something was written");
 }
 
 #[test]

@@ -14,6 +14,7 @@ use iddpm::ops::view::{Cat, Rows, RowsMut};
 use iddpm::rng::philox;
 
 mod plans;
+mod sums;
 mod traffic;
 
 /// Uniform values in [-1, 1).
@@ -34,7 +35,7 @@ fn driver() -> Driver {
 }
 
 fn conv(n: usize, [h, w]: [usize; 2], [ca, cb, oc]: [usize; 3], k: usize, stride: usize, upsample: bool) -> ConvShape {
-    ConvShape { n, h, w, ca, cb, oc, k, stride, upsample }
+    ConvShape { n, h, w, ca, cb, oc, k, stride, upsample, pad: k / 2 }
 }
 
 /// Blocks wanted: few give the largest tiles and no splits, many the smallest and most.
@@ -204,7 +205,8 @@ fn kernels(d: &Driver, data: &Data, pass: Pass, t: Types, full: usize) -> Vec<Ve
         Pass::Forward => {
             let (y, shift) = (gpu.nan(data.dy.len()), gpu.act(&data.shift));
             let shift = (shift.offset(first), stride);
-            let f = launch::Forward { y, x, w, bias: gpu.f32(&data.bias), shift, residual: gpu.act(&data.residual) };
+            let residual = gpu.act(&data.residual);
+            let f = launch::Forward { y, x, w, bias: gpu.f32(&data.bias), shift, residual, ..Default::default() };
             launch::forward(d, s, t, full, &f, scratch.ptr()).unwrap();
             vec![gpu.read(y, data.dy.len(), t.half)]
         }
@@ -292,7 +294,15 @@ fn odd_shapes() -> Vec<ConvShape> {
             shapes.extend(channels.map(|c| conv(n, hw, c, k, stride, up)));
         }
     }
+    for (n, hw) in [(1, [2, 2]), (2, [6, 4])] {
+        shapes.extend(channels.map(|c| half(n, hw, c)));
+    }
     shapes
+}
+
+/// Halved with the padding behind the image alone.
+fn half(n: usize, hw: [usize; 2], channels: [usize; 3]) -> ConvShape {
+    ConvShape { pad: 0, ..conv(n, hw, channels, 3, 2, false) }
 }
 
 /// Shapes of the network: a level's blocks, the decoder's two sources, down, up, a head; more columns than a tile.
@@ -302,6 +312,7 @@ fn real_shapes() -> Vec<ConvShape> {
         conv(1, [16, 16], [64, 32, 64], 3, 1, false),
         conv(2, [8, 8], [64, 0, 64], 3, 1, true),
         conv(2, [16, 16], [32, 0, 64], 3, 2, false),
+        half(2, [16, 16], [32, 0, 64]),
         conv(9, [4, 4], [128, 0, 136], 1, 1, false),
         conv(1, [16, 16], [32, 0, 6], 3, 1, false),
         conv(1, [16, 16], [3, 0, 128], 3, 1, false),

@@ -70,9 +70,9 @@ fn samplers_are_chosen_by_name() {
     let mut all = vec![];
     for (flags, told) in [
         ("--sampler ancestral", "5 ancestral steps\n"),
-        ("--sampler ddim", "5 ddim steps\n"),
-        ("--sampler dpm-solver++", "5 dpm-solver++ steps\n"),
-        ("--sampler heun", "5 heun steps (9 calls of the network)\n"),
+        ("--sampler ddim", "5 DDIM steps\n"),
+        ("--sampler dpm-solver++", "5 DPM-Solver++ steps\n"),
+        ("--sampler heun", "5 Heun steps (9 calls of the network)\n"),
     ] {
         let (text, pictures) = run(flags, "a");
         assert!(text.contains(told), "{text}");
@@ -191,7 +191,7 @@ fn latents_are_written_read_and_interpolated() {
     };
     let file = "--latents z/latents_5x16x16x1.npz";
     let (all, own, told) = sample(file, "samples_5x16x16x1.npz", "a");
-    assert!(own == *labels && told.contains("ddim"), "{told}");
+    assert!(own == *labels && told.contains("DDIM"), "{told}");
     let (first, ..) = sample(&format!("{file} --num-samples 2"), "samples_2x16x16x1.npz", "b");
     assert_eq!(first, all[..2 * 256]);
 

@@ -12,7 +12,7 @@ use iddpm::train::{Trainer, slots};
 use std::time::Duration;
 
 /// 8x8 grey images of a square whose place and brightness depend on the image; two classes.
-fn images(n: usize) -> Dataset {
+pub fn images(n: usize) -> Dataset {
     let pixel = |i: usize, y: usize, x: usize| {
         let inside = (y as i32 - (i % 3) as i32 - 2).abs() < 2 && (x as i32 - (i % 5) as i32 - 1).abs() < 2;
         if inside { (150 + 13 * i % 100) as u8 } else { 20 }
@@ -30,7 +30,7 @@ fn images(n: usize) -> Dataset {
     }
 }
 
-fn config() -> Config {
+pub fn config() -> Config {
     let mut c = Config::default();
     c.model.image_size = 8;
     c.model.in_channels = 1;
@@ -51,7 +51,7 @@ fn config() -> Config {
 }
 
 /// Everything that can depend on randomness or history, at once; 3 steps of the process fill the loss history early.
-fn busy() -> Config {
+pub fn busy() -> Config {
     let mut c = config();
     c.model.num_classes = Some(2);
     c.model.dropout = 0.2;
@@ -84,7 +84,7 @@ fn steps(t: &mut Trainer, n: usize) -> Vec<u64> {
 }
 
 /// The same in every number to the bit, and as files.
-fn assert_same(a: &Snapshot, b: &Snapshot, what: &str) {
+pub fn assert_same(a: &Snapshot, b: &Snapshot, what: &str) {
     let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
     for (name, x, y) in [
         ("weights", &a.params, &b.params),
@@ -269,6 +269,7 @@ fn a_run_logs_saves_and_ends() {
         keep: 2,
         time_limit: None,
         tensorboard: false,
+        saved: None,
     };
     let mut grids = Vec::new();
     let mut t = trainer(config());

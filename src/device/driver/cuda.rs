@@ -12,13 +12,10 @@ use cudarc::driver::{CudaContext, CudaStream, sys};
 use sys::CUdevice_attribute as DeviceAttribute;
 use sys::CUfunction_attribute as FunctionAttribute;
 
-use super::cuda_error::{arch_list, describe, driver_version, is_sticky, plain};
-use super::cuda_objects::{CudaEvent, CudaGraph};
-use super::{DeviceInfo, Event, FunctionInfo, Launch, MODULES, Packed, Ptr};
-use crate::error::{Error, Result};
+use super::cuda_error::{NEEDED_DRIVER, arch_list, describe, driver_version, is_sticky, plain};
 
-/// CUDA version whose fatbins this binary holds: older drivers cannot read them.
-const NEEDED_DRIVER: i32 = 13000;
+use super::{DeviceInfo, FunctionInfo, Launch, MODULES, Packed, Ptr};
+use crate::error::{Error, Result};
 
 /// A loaded kernel.
 #[derive(Clone, Copy)]
@@ -29,21 +26,34 @@ struct Function {
 }
 
 /// What changes while the driver is used.
-struct State {
+pub(super) struct State {
     modules: HashMap<&'static str, sys::CUmodule>,
     functions: HashMap<String, Function>,
     step: String,
-    capturing: bool,
+    pub(super) mode: Mode,
     /// The first error after which the context is lost.
     lost: Option<String>,
+}
+
+/// What becomes of launches, copies and fills.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Mode {
+    /// They are started.
+    Run,
+    /// Kernels are loaded, nothing is started: a module must not be loaded while a graph is captured.
+    Load,
+    /// They are recorded.
+    Capture,
 }
 
 /// What [`super::Driver::Cuda`] holds.
 pub struct CudaDriver {
     pub(super) context: Arc<CudaContext>,
-    stream: Arc<CudaStream>,
+    pub(super) stream: Arc<CudaStream>,
+    /// Copies beside the work.
+    pub(super) copies: Arc<CudaStream>,
     state: Mutex<State>,
-    sync_each: bool,
+    pub(super) sync_each: bool,
     compute_capability: (i32, i32),
 }
 
@@ -74,26 +84,28 @@ impl CudaDriver {
         let count = CudaContext::device_count().map_err(|e| plain("listing the GPUs", e))?;
         if ordinal >= count.max(0) as usize {
             return fail(format!(
-                "GPU {ordinal} does not exist: this machine has {count} (counting from 0; CUDA_VISIBLE_DEVICES hides others)"
+                "GPU {ordinal} does not exist: this machine has {count} (counting from 0; CUDA_VISIBLE_DEVICES \
+                 hides others); name another, or use --device cpu"
             ));
         }
         let context = CudaContext::new(ordinal).map_err(|e| plain("opening the GPU", e))?;
         // SAFETY: one stream of our own orders everything, so cudarc's hidden events would only disturb graph captures.
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(|e| plain("making a stream", e))?;
+        let copies = context.new_stream().map_err(|e| plain("making a stream for copies", e))?;
         let compute_capability = context.compute_capability().map_err(|e| plain("asking the GPU's architecture", e))?;
         let state = State {
             modules: HashMap::new(),
             functions: HashMap::new(),
             step: String::new(),
-            capturing: false,
+            mode: Mode::Run,
             lost: None,
         };
         let sync_each = super::sync_wanted();
-        Ok(CudaDriver { context, stream, state: Mutex::new(state), sync_each, compute_capability })
+        Ok(CudaDriver { context, stream, copies, state: Mutex::new(state), sync_each, compute_capability })
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -206,6 +218,10 @@ impl CudaDriver {
         self.bind(name)?;
         let function = self.function(name)?;
         self.allow_shared(name, function, launch.shared_bytes)?;
+        let mode = self.state().mode;
+        if mode == Mode::Load {
+            return Ok(());
+        }
         let mut pointers = args.pointers();
         let mut cluster = cluster_attribute(launch.cluster);
         let config = sys::CUlaunchConfig {
@@ -232,7 +248,7 @@ impl CudaDriver {
         if started.is_err() {
             self.check(&what(), started)?;
         }
-        if self.sync_each && !self.state().capturing {
+        if self.sync_each && mode == Mode::Run {
             self.check(&what(), self.stream.synchronize())?;
         }
         Ok(())
@@ -286,12 +302,15 @@ impl CudaDriver {
     }
 
     pub(super) fn free_host(&self, host: *mut u8, _bytes: usize) {
-        // SAFETY: `host` came from alloc_host and is freed once; errors as in free.
+        // A copy may still be under way. Errors as in free.
+        let _ = self.context.bind_to_thread().and_then(|()| self.copies.synchronize());
+        let _ = self.stream.synchronize();
+        // SAFETY: `host` came from alloc_host and is freed once.
         let _ = self.context.bind_to_thread().and_then(|()| unsafe { result::free_host(host.cast()) });
     }
 
-    fn refuse_in_capture(&self, what: &str) -> Result<()> {
-        if !self.state().capturing {
+    pub(super) fn refuse_in_capture(&self, what: &str) -> Result<()> {
+        if self.state().mode == Mode::Run {
             return Ok(());
         }
         Err(Error::Device(format!("{what} the host does not belong in a captured graph: do it before or after")))
@@ -320,6 +339,9 @@ impl CudaDriver {
     }
 
     pub(super) fn copy(&self, dst: Ptr, src: Ptr, bytes: usize) -> Result<()> {
+        if self.state().mode == Mode::Load {
+            return Ok(());
+        }
         self.bind("copying on the GPU")?;
         // SAFETY: the driver checks both ranges against its allocations.
         let done = unsafe { result::memcpy_dtod_async(dst.0, src.0, bytes, self.stream.cu_stream()) };
@@ -327,64 +349,13 @@ impl CudaDriver {
     }
 
     pub(super) fn fill(&self, dst: Ptr, value: u8, bytes: usize) -> Result<()> {
+        if self.state().mode == Mode::Load {
+            return Ok(());
+        }
         self.bind("filling")?;
         // SAFETY: the driver checks the range against its allocations.
         let done = unsafe { result::memset_d8_async(dst.0, value, bytes, self.stream.cu_stream()) };
         self.check(&format!("filling {bytes} bytes on the GPU"), done)
-    }
-
-    // ---- the stream ----
-
-    pub(super) fn sync(&self) -> Result<()> {
-        self.bind("waiting for the GPU")?;
-        self.check("waiting for the GPU", self.stream.synchronize())
-    }
-
-    pub(super) fn record(self: &Arc<Self>) -> Result<Event> {
-        self.bind("recording an event")?;
-        let handle = self.check("making an event", result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT))?;
-        let event = CudaEvent { handle, driver: self.clone() };
-        // SAFETY: the event was just made, the stream lives as long as the driver.
-        let done = unsafe { result::event::record(handle, self.stream.cu_stream()) };
-        self.check("recording an event", done)?;
-        Ok(Event::Cuda(event))
-    }
-
-    pub(super) fn begin_capture(&self) -> Result<()> {
-        self.bind("capturing a graph")?;
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        // SAFETY: the stream is ours and is not the default one, which cannot be captured.
-        let begun = unsafe { result::stream::begin_capture(self.stream.cu_stream(), mode) };
-        self.check("capturing a graph", begun)?;
-        self.state().capturing = true;
-        Ok(())
-    }
-
-    pub(super) fn end_capture(self: &Arc<Self>) -> Result<CudaGraph> {
-        self.state().capturing = false;
-        self.bind("ending a graph")?;
-        // SAFETY: the stream is being captured since begin_capture.
-        let graph = self.check("ending a graph", unsafe { result::stream::end_capture(self.stream.cu_stream()) })?;
-        // SAFETY: the graph was just made; its executable form does not refer to it afterwards.
-        let exec = unsafe {
-            let exec = result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));
-            let _ = result::graph::destroy(graph);
-            self.check("preparing a graph", exec)?
-        };
-        let graph = CudaGraph { exec, driver: self.clone() };
-        // SAFETY: both handles are alive.
-        self.check("uploading a graph", unsafe { result::graph::upload(exec, self.stream.cu_stream()) })?;
-        Ok(graph)
-    }
-
-    pub(super) fn replay(&self, graph: &CudaGraph) -> Result<()> {
-        self.bind("starting a graph")?;
-        // SAFETY: the graph is alive while borrowed.
-        self.check("starting a graph", unsafe { result::graph::launch(graph.exec, self.stream.cu_stream()) })?;
-        if self.sync_each {
-            self.check("running a graph", self.stream.synchronize())?;
-        }
-        Ok(())
     }
 }
 

@@ -3,10 +3,13 @@
 use std::sync::OnceLock;
 
 use cudarc::driver::result::DriverError;
-use cudarc::driver::sys;
+use cudarc::driver::{CudaContext, sys};
 
-use super::ARCHS;
+use super::{ARCHS, MODULES};
 use crate::error::{Error, Result};
+
+/// CUDA version whose fatbins this binary holds: older drivers cannot read them.
+pub(super) const NEEDED_DRIVER: i32 = 13000;
 
 /// Is there a `libcuda` to open?
 pub fn cuda_present() -> bool {
@@ -31,6 +34,12 @@ pub fn driver_version() -> Result<i32> {
     // SAFETY: the library is there, and the function fills one integer.
     unsafe { sys::cuDriverGetVersion(&mut version).result() }.map_err(|e| plain("asking the driver's version", e))?;
     Ok(version)
+}
+
+/// GPUs that this binary has kernels for and whose driver is new enough, as far as can be told without opening one.
+pub fn usable_gpus() -> usize {
+    let ready = !MODULES.is_empty() && cuda_present() && driver_version().is_ok_and(|v| v >= NEEDED_DRIVER);
+    if ready { CudaContext::device_count().map_or(0, |n| n.max(0) as usize) } else { 0 }
 }
 
 /// The architectures in this binary, in words.
@@ -69,7 +78,7 @@ pub(super) fn describe(error: DriverError) -> String {
     let (name, words) = (text(error.error_name()), text(error.error_string()));
     let help = match error.0 {
         R::CUDA_ERROR_NO_DEVICE => " (no GPU is visible: see nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu)",
-        R::CUDA_ERROR_OUT_OF_MEMORY => " (use a smaller --batch or --microbatch)",
+        R::CUDA_ERROR_OUT_OF_MEMORY => " (use a smaller --batch-size or --microbatch)",
         R::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH | R::CUDA_ERROR_INVALID_IMAGE => {
             " (update the NVIDIA driver to 580 or newer)"
         }

@@ -5,7 +5,7 @@
 //! accesses cost. `docs/emulator.md` says what this can show and what not.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use super::library::Library;
@@ -35,6 +35,40 @@ struct State {
     limit: usize,
     used: usize,
     sizes: HashMap<Ptr, usize>,
+    /// Events recorded so far, and how many later ones let one pass.
+    events: u64,
+    lag: u64,
+    started: Started,
+}
+
+/// What the host has asked for so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Started {
+    /// Kernels that belong to no graph.
+    pub kernels: usize,
+    /// Graphs.
+    pub graphs: usize,
+    /// Times it waited for everything started to end.
+    pub waits: usize,
+}
+
+/// A place in the order of events.
+pub struct EmulatedEvent {
+    driver: Arc<EmulatedDriver>,
+    number: u64,
+    at: Instant,
+}
+
+impl EmulatedEvent {
+    /// Whether as many events have followed as [`EmulatedDriver::set_lag`] asks for.
+    pub(super) fn passed(&self) -> bool {
+        let state = self.driver.state();
+        state.events >= self.number + state.lag
+    }
+
+    pub(super) fn elapsed_ms(&self, start: &EmulatedEvent) -> f64 {
+        (self.at - start.at).as_secs_f64() * 1e3
+    }
 }
 
 /// What [`super::Driver::Emulated`] holds.
@@ -62,6 +96,9 @@ impl EmulatedDriver {
             limit: 16 << 30,
             used: 0,
             sizes: HashMap::new(),
+            events: 0,
+            lag: 0,
+            started: Started::default(),
         };
         Ok(EmulatedDriver { library, state: Mutex::new(state) })
     }
@@ -74,6 +111,17 @@ impl EmulatedDriver {
     /// Pretends that the device has `bytes` of memory (16 GiB at first).
     pub fn set_memory(&self, bytes: usize) {
         self.state().limit = bytes;
+    }
+
+    /// Pretends that an event passes only when `events` later ones have been recorded, as on a device that is behind its host.
+    /// Who waits for it is not kept waiting.
+    pub fn set_lag(&self, events: u64) {
+        self.state().lag = events;
+    }
+
+    /// What was started so far.
+    pub fn started(&self) -> Started {
+        self.state().started
     }
 
     /// Names of all kernels, sorted.
@@ -128,6 +176,7 @@ impl EmulatedDriver {
             list.push(Command::Launch { step, kernel: name.into(), launch, args: Mutex::new(args) });
             return Ok(());
         }
+        state.started.kernels += 1;
         drop(state);
         self.run(&step, name, launch, &mut args)
     }
@@ -162,6 +211,7 @@ impl EmulatedDriver {
     }
 
     pub(super) fn replay(&self, graph: &EmulatedGraph) -> Result<()> {
+        self.state().started.graphs += 1;
         for command in &graph.commands {
             match command {
                 Command::Launch { step, kernel, launch, args } => {
@@ -176,11 +226,16 @@ impl EmulatedDriver {
     }
 
     pub(super) fn sync(&self) -> Result<()> {
+        self.state().started.waits += 1;
         Ok(())
     }
 
-    pub(super) fn record(&self) -> Result<Event> {
-        Ok(Event::Emulated(Instant::now()))
+    pub(super) fn record(self: &Arc<Self>) -> Result<Event> {
+        let mut state = self.state();
+        state.events += 1;
+        let number = state.events;
+        drop(state);
+        Ok(Event::Emulated(EmulatedEvent { driver: self.clone(), number, at: Instant::now() }))
     }
 
     // ---- memory ----
@@ -203,12 +258,17 @@ impl EmulatedDriver {
     }
 
     pub(super) fn alloc_host(&self, bytes: usize) -> Result<*mut u8> {
-        Ok(Box::into_raw(vec![0u8; bytes].into_boxed_slice()).cast())
+        // SAFETY: the size is not 0.
+        let host = unsafe { std::alloc::alloc_zeroed(host_layout(bytes)) };
+        if host.is_null() {
+            return Err(Error::Device(format!("no {bytes} bytes of host memory are free: use a smaller --batch-size")));
+        }
+        Ok(host)
     }
 
     pub(super) fn free_host(&self, host: *mut u8, bytes: usize) {
-        // SAFETY: the pair came from alloc_host, which made it of a boxed slice of that length.
-        drop(unsafe { Box::from_raw(std::ptr::slice_from_raw_parts_mut(host, bytes)) });
+        // SAFETY: the pair came from alloc_host, which asked for the same layout.
+        unsafe { std::alloc::dealloc(host, host_layout(bytes)) };
     }
 
     fn refuse_in_capture(&self, what: &str) -> Result<()> {
@@ -260,4 +320,9 @@ impl EmulatedDriver {
     pub(super) fn tensor_map(&self, spec: &TensorMapSpec) -> Result<TensorMap> {
         self.library.tensor_map(spec)
     }
+}
+
+/// Host memory starts at a page, as pinned memory does.
+fn host_layout(bytes: usize) -> std::alloc::Layout {
+    std::alloc::Layout::from_size_align(bytes.max(1), 4096).expect("fewer bytes than an address counts")
 }

@@ -22,6 +22,7 @@ mod args;
 mod cuda;
 mod cuda_error;
 mod cuda_objects;
+mod cuda_stream;
 #[cfg(feature = "emulator")]
 mod emulated;
 #[cfg(feature = "emulator")]
@@ -35,10 +36,10 @@ use std::sync::Arc;
 
 pub use args::{Arg, Packed};
 pub use cuda::CudaDriver;
-pub use cuda_error::{arch_list, cuda_present, driver_version};
+pub use cuda_error::{arch_list, cuda_present, driver_version, usable_gpus};
 pub use cuda_objects::{CudaEvent, CudaGraph};
 #[cfg(feature = "emulator")]
-pub use emulated::{EmulatedDriver, EmulatedGraph};
+pub use emulated::{EmulatedDriver, EmulatedEvent, EmulatedGraph, Started};
 pub use objects::{Buffer, Event, Graph, Pinned};
 #[cfg(feature = "emulator")]
 pub use schedule::{Copies, LaunchTraffic, Order, Schedule, Traffic};
@@ -335,12 +336,46 @@ impl Driver {
         each!(self, d => d.record())
     }
 
+    /// Starts copying `data` to the device beside the work, once `after` has passed; the event passes when it is there.
+    /// Do not change `data` before. Work that needs it is held back by [`Driver::wait_for`].
+    ///
+    /// # Errors
+    /// As [`Driver::write`].
+    pub fn write_aside(&self, dst: Ptr, data: &Pinned, after: Option<&Event>) -> Result<Event> {
+        match self {
+            Driver::Cuda(d) => d.write_aside(dst, data.host, data.bytes, after.and_then(Event::cuda)),
+            #[cfg(feature = "emulator")]
+            Driver::Emulated(d) => d.write(dst, data.host, data.bytes).and_then(|()| d.record()),
+        }
+    }
+
+    /// Lets the work started from now on begin when `event` has passed; the host does not wait.
+    ///
+    /// # Errors
+    /// [`Error::Device`] when an earlier launch failed.
+    pub fn wait_for(&self, event: &Event) -> Result<()> {
+        match (self, event.cuda()) {
+            (Driver::Cuda(d), Some(event)) => d.wait_for(event),
+            _ => Ok(()),
+        }
+    }
+
     /// Records what `work` starts, without running it, as a graph. Copies from and to the host do not belong in it, and
-    /// memory must not be allocated or freed meanwhile.
+    /// memory must not be allocated or freed meanwhile. On a GPU `work` is called twice, first to load its kernels.
     ///
     /// # Errors
     /// What `work` returns, or [`Error::Device`] when the device refuses the graph.
-    pub fn capture(&self, work: impl FnOnce() -> Result<()>) -> Result<Graph> {
+    pub fn capture(&self, mut work: impl FnMut() -> Result<()>) -> Result<Graph> {
+        match self {
+            Driver::Cuda(d) => {
+                d.begin_load();
+                let loaded = work();
+                d.end_load();
+                loaded?;
+            }
+            #[cfg(feature = "emulator")]
+            Driver::Emulated(_) => {}
+        }
         each!(self, d => d.begin_capture())?;
         let done = work();
         let graph = match self {
@@ -380,7 +415,7 @@ impl Driver {
 fn out_of_memory(need: usize, free: usize, total: usize) -> Error {
     let mib = |b: usize| b as f64 / (1 << 20) as f64;
     Error::Device(format!(
-        "out of device memory: {:.1} MiB needed, {:.1} of {:.1} MiB free; use a smaller --batch or --microbatch, or free \
+        "out of device memory: {:.1} MiB needed, {:.1} of {:.1} MiB free; use a smaller --batch-size or --microbatch, or free \
          the device (nvidia-smi lists who uses it)",
         mib(need),
         mib(free),

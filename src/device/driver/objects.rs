@@ -1,8 +1,8 @@
 //! What the driver hands out: device memory, pinned host memory, events and graphs.
 
-#[cfg(feature = "emulator")]
-use super::EmulatedGraph;
 use super::{CudaEvent, CudaGraph, Driver, Ptr};
+#[cfg(feature = "emulator")]
+use super::{EmulatedEvent, EmulatedGraph};
 use crate::error::Result;
 
 /// Device memory, freed when dropped.
@@ -67,10 +67,19 @@ pub enum Event {
     Cuda(CudaEvent),
     /// On the emulator, where everything before it has already ended.
     #[cfg(feature = "emulator")]
-    Emulated(std::time::Instant),
+    Emulated(EmulatedEvent),
 }
 
 impl Event {
+    /// The event on a GPU.
+    pub(super) fn cuda(&self) -> Option<&CudaEvent> {
+        match self {
+            Event::Cuda(e) => Some(e),
+            #[cfg(feature = "emulator")]
+            Event::Emulated(_) => None,
+        }
+    }
+
     /// Waits until the work before it has ended.
     ///
     /// # Errors
@@ -91,7 +100,7 @@ impl Event {
         match self {
             Event::Cuda(e) => e.passed(),
             #[cfg(feature = "emulator")]
-            Event::Emulated(_) => Ok(true),
+            Event::Emulated(e) => Ok(e.passed()),
         }
     }
 
@@ -103,7 +112,7 @@ impl Event {
         match (self, start) {
             (Event::Cuda(end), Event::Cuda(start)) => end.elapsed_ms(start),
             #[cfg(feature = "emulator")]
-            (Event::Emulated(end), Event::Emulated(start)) => Ok((*end - *start).as_secs_f64() * 1e3),
+            (Event::Emulated(end), Event::Emulated(start)) => Ok(end.elapsed_ms(start)),
             #[cfg(feature = "emulator")]
             _ => panic!("events of different kinds of driver"),
         }

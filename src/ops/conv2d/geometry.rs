@@ -1,7 +1,7 @@
 //! What the convolution kernels are told: the argument structs of `kernels/conv2d_gemm.cuh` and `kernels/conv2d_weight.cuh`.
 //!
 //! All directions join pixels of a grid with pixels of an image under a table of taps: pixel `i·step + dy` of the image with
-//! pixel i of the grid (rows and columns alike), which is pixel `i·out_step + phase` of the output. With padding k/2:
+//! pixel i of the grid (rows and columns alike), which is pixel `i·out_step + phase` of the output. With `pad` zeros before the image:
 //!
 //! | direction | grid | gathered | taps per dimension |
 //! |---|---|---|---|
@@ -61,6 +61,7 @@ pub struct ConvGemm {
     pub add: [Ptr; 2],
     pub shift: Ptr,
     pub bias: Ptr,
+    pub sums: Ptr,
     a_channels: [i32; 2],
     out_channels: [i32; 2],
     rows: i32,
@@ -79,7 +80,7 @@ pub struct ConvGemm {
     by_width: FastDiv,
     by_channels: FastDiv,
     taps: [Tap; MAX_TAPS],
-    unused: u32,
+    pub phase_parts: i32,
 }
 
 impl<'a> From<&'a ConvGemm> for Arg<'a> {
@@ -94,7 +95,7 @@ type Side = (i8, i16);
 impl ConvGemm {
     /// The forward convolution, without addresses.
     pub fn forward(s: &ConvShape) -> Self {
-        let pad = (s.k / 2) as i8;
+        let pad = s.pad as i8;
         let p = if s.upsample {
             let phase = |p: i8| (0..2).map(move |a: i8| (p - 1 + a, i16::from(3 - p - 2 * a))).collect();
             Self::new(s.n, [s.h, s.w], &[phase(0), phase(1)], 4)
@@ -107,7 +108,7 @@ impl ConvGemm {
 
     /// The gradient with respect to the input, without addresses.
     pub fn backward_data(s: &ConvShape) -> Self {
-        let (pad, k) = ((s.k / 2) as i8, s.k as i8);
+        let (pad, k) = (s.pad as i8, s.k as i8);
         let p = if s.upsample {
             let sides: Vec<Side> = (0..4).map(|r: i8| (r - 1, i16::from(r))).collect();
             Self::new(s.n, [s.h, s.w], &[sides], 4)
@@ -242,7 +243,7 @@ impl<'a> From<&'a ConvWeight> for Arg<'a> {
 impl ConvWeight {
     /// The weight gradient without addresses, tiles and segments.
     pub fn new(s: &ConvShape) -> Self {
-        let (side, pad, step) = if s.upsample { (4, 1, 2) } else { (s.k, s.k / 2, 1) };
+        let (side, pad, step) = if s.upsample { (4, 1, 2) } else { (s.k, s.pad, 1) };
         let mut taps = [WeightTap { slot: -1, ..WeightTap::default() }; MAX_TAPS];
         for (i, tap) in taps[..side * side].iter_mut().enumerate() {
             let (row, col) = ((i / side) as i8 - pad as i8, (i % side) as i8 - pad as i8);

@@ -10,6 +10,7 @@ use crate::args;
 use crate::device::driver::{Driver, Launch, Ptr};
 use crate::error::{Error, Result};
 use crate::graph::{ALIGN, DType, Graph, Val};
+use crate::ops::group_norm::Parts;
 
 /// Blocks that fill a large GPU once: tiles shrink and sums are split until there are as many.
 pub const FULL: usize = 128;
@@ -121,6 +122,8 @@ pub struct Forward {
     pub shift: (Ptr, usize),
     /// Addend of the shape of y, or none.
     pub residual: Ptr,
+    /// Statistics of the parts of y, or none.
+    pub sums: Ptr,
 }
 
 /// y = conv(x, w) + bias + shift + residual.
@@ -133,6 +136,7 @@ pub fn forward(d: &Driver, s: &ConvShape, t: Types, full: usize, f: &Forward, wo
     (p.a, p.w) = (f.x, prepare_weights(d, s, t, f.w, workspace)?);
     (p.out, p.add) = ([f.y, Ptr::NULL], [f.residual, Ptr::NULL]);
     (p.bias, p.shift, p.shift_stride) = (f.bias, f.shift.0, f.shift.1 as i32);
+    (p.sums, p.phase_parts) = (f.sums, Parts::of_conv(s).phase_parts() as i32);
     gemm(d, "conv2d_forward", t, full, p)
 }
 

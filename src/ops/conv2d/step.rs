@@ -42,7 +42,7 @@ impl Conv2dBackwardWeight {
 
 impl Operation for Conv2d {
     fn outputs(&self) -> Vec<Val> {
-        vec![self.y]
+        [self.y].into_iter().chain(self.sums).collect()
     }
     fn inputs(&self) -> Vec<Val> {
         let shift = self.shift.map(|(v, _)| v);
@@ -58,7 +58,11 @@ impl Operation for Conv2d {
         let (b, residual) = (self.b.map(|b| m.f32(b)), self.residual.map(|r| Cat::single(m.f32(r), self.shape.oc)));
         let shift = self.shift.map(|(v, col)| m.rows(v, col));
         let (x, w) = (m.cat(self.x), m.f32(self.w));
-        fast::conv2d::forward(m.isa(), m.f32_mut(self.y), x, w, b, shift, residual, &self.shape, m.scratch());
+        let y = m.f32_mut(self.y);
+        fast::conv2d::forward(m.isa(), y, x, w, b, shift, residual, &self.shape, m.scratch());
+        if let Some(sums) = self.sums {
+            self.shape.sums_cpu(m.f32_mut(sums), y);
+        }
     }
     fn prepare_cuda(&self, g: &Graph) -> Result<Vec<u8>> {
         self.types(g).map(|_| Vec::new())
@@ -74,6 +78,7 @@ impl Operation for Conv2d {
             bias: m.optional(self.b),
             shift: columns(m, self.shift),
             residual: m.optional(self.residual),
+            sums: m.optional(self.sums),
         };
         launch::forward(m.driver, &self.shape, self.types(m.graph)?, FULL, &f, m.workspace)
     }

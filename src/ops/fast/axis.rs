@@ -36,12 +36,16 @@ const THREE_BACK: &[AxisTap] = &[tap(-1, 0b100), tap(0, 0b010), tap(1, 0b001)];
 const UP: [&[AxisTap]; 2] = [&[tap(-1, 0b001), tap(0, 0b110)], &[tap(0, 0b011), tap(1, 0b100)]];
 const UP_BACK: &[AxisTap] = &[tap(-1, 0b100), tap(0, 0b110), tap(1, 0b011), tap(2, 0b001)];
 const HALF_BACK: [&[AxisTap]; 2] = [&[tap(0, 0b010)], &[tap(0, 0b100), tap(1, 0b001)]];
+/// The padding behind the image alone.
+const AHEAD: &[AxisTap] = &[tap(0, 0b001), tap(1, 0b010), tap(2, 0b100)];
+const AHEAD_BACK: [&[AxisTap]; 2] = [&[tap(-1, 0b100), tap(0, 0b001)], &[tap(0, 0b010)]];
 
 impl Axis {
     /// From x to y.
     pub fn forward(s: &ConvShape) -> Self {
         match (s.k, s.upsample) {
             (1, _) => Axis { stride: s.stride, step: 1, phases: &[POINT] },
+            (_, false) if s.pad == 0 => Axis { stride: s.stride, step: 1, phases: &[AHEAD] },
             (_, false) => Axis { stride: s.stride, step: 1, phases: &[THREE] },
             (_, true) => Axis { stride: 1, step: 2, phases: &UP },
         }
@@ -54,6 +58,7 @@ impl Axis {
             (1, 1, _) => Axis { stride: 1, step: 1, phases: &[POINT] },
             (1, _, _) => Axis { stride: 1, step: 2, phases: &[POINT, &[]] },
             (_, 1, _) => Axis { stride: 1, step: 1, phases: &[THREE_BACK] },
+            (..) if s.pad == 0 => Axis { stride: 1, step: 2, phases: &AHEAD_BACK },
             (..) => Axis { stride: 1, step: 2, phases: &HALF_BACK },
         }
     }

@@ -6,12 +6,21 @@ use crate::ops::conv2d::ConvShape;
 use crate::ops::view::Cat;
 
 fn as_conv(n: usize, c: usize, oc: usize) -> ConvShape {
-    ConvShape { n, h: 1, w: 1, ca: c, cb: 0, oc, k: 1, stride: 1, upsample: false }
+    ConvShape { n, h: 1, w: 1, ca: c, cb: 0, oc, k: 1, stride: 1, upsample: false, pad: 0 }
+}
+
+/// Outputs of a single row that are computed together: their packed weights are all the scratch it needs, rather than a
+/// second copy of the whole matrix.
+const PART: usize = 4096;
+
+/// Outputs computed together.
+fn part(n: usize, oc: usize) -> usize {
+    if n == 1 { oc.min(PART) } else { oc }
 }
 
 /// Floats of scratch that [`forward`] needs.
 pub fn forward_scratch(n: usize, c: usize, oc: usize) -> usize {
-    conv2d::forward_scratch(&as_conv(n, c, oc))
+    conv2d::forward_scratch(&as_conv(n, c, part(n, oc)))
 }
 
 /// Floats of scratch that [`backward_data`] needs.
@@ -37,7 +46,11 @@ pub fn forward(
     oc: usize,
     scratch: &mut [f32],
 ) {
-    conv2d::forward(isa, y, Cat::single(x, c), w, Some(b), None, None, &as_conv(n, c, oc), scratch);
+    let part = part(n, oc);
+    for ((y, w), b) in y.chunks_mut(n * part).zip(w.chunks(part * c)).zip(b.chunks(part)) {
+        let s = as_conv(n, c, b.len());
+        conv2d::forward(isa, y, Cat::single(x, c), w, Some(b), None, None, &s, scratch);
+    }
 }
 
 /// Fast twin of [`crate::ops::linear::backward_data_cpu`].

@@ -248,17 +248,6 @@ pub fn outputs_of(g: &Graph) -> Vec<Val> {
 }
 
 #[test]
-fn a_plan_with_an_op_without_kernel_is_refused_by_name() {
-    let mut g = Graph::new();
-    g.scope("head");
-    let x = g.fixed("x", Shape::rows(4, 4), DType::F32, Region::Inputs);
-    let y = g.fixed("y", Shape::rows(4, 4), DType::F32, Region::State);
-    g.push(iddpm::ops::silu::Silu { x, y });
-    let message = emulated().bind(Plan::new(g, true)).unwrap_err().to_string();
-    assert!(message.contains("Silu") && message.contains("head") && message.contains("--device cpu"), "{message}");
-}
-
-#[test]
 fn an_image_of_too_many_channels_is_refused() {
     let mut g = Graph::new();
     let batch = Batch::record(&mut g, [2, 2, 300], &[0], false);

@@ -7,21 +7,30 @@
 
 mod architectures;
 mod codes;
+#[cfg(feature = "emulator")]
+mod emulated;
 mod gaussian;
 mod likelihood;
 mod losses;
-mod network;
 mod ops;
 mod pickles;
+pub mod pieces;
 mod samplers;
 mod schedules;
+pub mod tensors;
 mod timestep;
+pub mod training;
+pub mod unet;
 pub mod vectors;
 
 use std::path::{Path, PathBuf};
 
+use crate::device::device;
 use iddpm::device::Device;
 use vectors::{Folder, VectorFile};
+
+/// Makes a device.
+pub type Open<'a> = &'a dyn Fn() -> Device;
 
 /// Compares everything one file holds.
 type Check = fn(&VectorFile);
@@ -36,13 +45,13 @@ const KINDS: &[(&str, Check)] = &[
     ("06_samplers", samplers::check),
     ("07_bpd", samplers::bound),
     ("08_timestep_samplers", timestep::check),
-    ("09_layers", network::layers),
-    ("09_resblocks", network::resblocks),
-    ("09_attention", network::attention),
-    ("10_unet_", network::unet),
-    ("10_superres", network::super_resolution),
-    ("10_adamw_ema", network::adamw_ema),
-    ("10_training", network::training),
+    ("09_layers", |file| pieces::layers(file, &device)),
+    ("09_resblocks", |file| pieces::resblocks(file, &device)),
+    ("09_attention", |file| pieces::attention(file, &device)),
+    ("10_unet_", |file| unet::unet(file, &device)),
+    ("10_superres", |file| unet::super_resolution(file, &device)),
+    ("10_adamw_ema", |file| training::adamw_ema(file, &device)),
+    ("10_training", |file| training::training(file, &device)),
     ("12_image_codes", codes::check),
 ];
 
@@ -162,7 +171,7 @@ fn the_crate_carries_its_vectors() {
 }
 
 /// The steps of the diffusion process as ops on devices made by `device`, against the files that say what they compute.
-pub fn check_ops(device: &dyn Fn() -> Device) {
+pub fn check_ops(device: Open) {
     let folder = Folder::open(&folder());
     for name in folder.vector_files() {
         if let Some((_, check)) = ops::KINDS.iter().find(|(kind, _)| name.starts_with(kind)) {
@@ -175,7 +184,7 @@ pub fn check_ops(device: &dyn Fn() -> Device) {
 
 #[test]
 fn ops_match_the_reference() {
-    check_ops(&crate::device::device);
+    check_ops(&device);
 }
 
 /// Copies of a small file with one thing wrong each: what must not pass does not.

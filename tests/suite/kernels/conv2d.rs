@@ -129,7 +129,7 @@ impl ConvData {
 }
 
 fn conv(n: usize, [h, w]: [usize; 2], [ca, cb, oc]: [usize; 3], k: usize, stride: usize, upsample: bool) -> ConvShape {
-    ConvShape { n, h, w, ca, cb, oc, k, stride, upsample }
+    ConvShape { n, h, w, ca, cb, oc, k, stride, upsample, pad: k / 2 }
 }
 
 /// Size 1, odd sizes, one above a tile, and real ones; every kind of kernel.
@@ -152,8 +152,17 @@ fn conv_shapes() -> Vec<ConvShape> {
         conv(2, [16, 16], [64, 0, 192], 1, 1, false),
         conv(3, [32, 32], [3, 0, 32], 3, 1, false),
         conv(3, [32, 32], [32, 0, 6], 3, 1, false),
+        half(2, [16, 16], [32, 0, 64]),
     ]);
+    for (n, hw) in [(1, [2, 2]), (2, [6, 4]), (3, [2, 8])] {
+        shapes.extend(channels.map(|c| half(n, hw, c)));
+    }
     shapes
+}
+
+/// Halved with the padding behind the image alone.
+fn half(n: usize, hw: [usize; 2], channels: [usize; 3]) -> ConvShape {
+    ConvShape { pad: 0, ..conv(n, hw, channels, 3, 2, false) }
 }
 
 #[test]
@@ -202,14 +211,17 @@ fn plain_convolution_closed_forms() {
     };
     assert_eq!(count(conv(1, [3, 3], [1, 0, 1], 3, 1, false)), [4., 6., 4., 6., 9., 6., 4., 6., 4.]);
     assert_eq!(count(conv(1, [3, 4], [1, 0, 1], 3, 2, false)), [4., 6., 4., 6.]);
+    assert_eq!(count(half(1, [4, 4], [1, 0, 1])), [9., 6., 6., 4.]);
     assert_eq!(count(conv(1, [1, 2], [1, 0, 1], 3, 1, true)), [4., 6., 6., 4., 4., 6., 6., 4.]);
 }
 
 #[test]
 fn plain_convolution_gradients() {
-    for (seed, (k, stride, up)) in [(1, 1, false), (3, 1, false), (3, 2, false), (3, 1, true)].into_iter().enumerate() {
+    let kinds = [(1, 1, false), (3, 1, false), (3, 2, false), (3, 1, true)];
+    let shapes = kinds.map(|(k, stride, up)| conv(2, [5, 6], [3, 2, 4], k, stride, up));
+    for (seed, s) in shapes.into_iter().chain([half(2, [4, 6], [3, 2, 4])]).enumerate() {
         let seed = 7 + 10 * seed as u64;
-        let data = ConvData::new(conv(2, [5, 6], [3, 2, 4], k, stride, up), seed);
+        let data = ConvData::new(s, seed);
         let (s, what) = (&data.s, format!("seed {seed}, {:?}", data.s));
         let loss = |a: &[f32], b: &[f32], w: &[f32], bias: &[f32], shift: &[f32]| {
             let mut y = nan(data.dy.len());

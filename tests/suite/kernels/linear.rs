@@ -5,7 +5,7 @@ use iddpm::ops::{fast, linear};
 
 #[test]
 fn fast_linear_equals_the_plain_one() {
-    for (i, [n, c, oc]) in [[1, 1, 1], [3, 5, 7], [13, 33, 65], [16, 128, 192]].into_iter().enumerate() {
+    for (i, [n, c, oc]) in [[1, 1, 1], [3, 5, 7], [13, 33, 65], [16, 128, 192], [1, 9, 8200]].into_iter().enumerate() {
         let seed = 300 + 10 * i as u64;
         let what = format!("seed {seed}, n {n}, c {c}, oc {oc}");
         let (x, w, b) = (uniform(n * c, seed), uniform(oc * c, seed + 1), uniform(oc, seed + 2));
@@ -35,6 +35,24 @@ fn fast_linear_equals_the_plain_one() {
             for (part, name) in ["y", "dx", "dw", "db"].into_iter().enumerate() {
                 assert_close(&outs[part], &want[part], &size[part], n + c + oc, &format!("{name}, {isa:?}, {what}"));
             }
+        }
+    }
+}
+
+/// A row is the same to the bit alone, where it is computed in parts, and among others.
+#[test]
+fn rows_do_not_depend_on_their_number() {
+    let ([n, c, oc], seed) = ([3, 17, 4096 + 37], 51);
+    let (x, w, b) = (uniform(n * c, seed), uniform(oc * c, seed + 1), uniform(oc, seed + 2));
+    let forward = |isa, x: &[f32]| {
+        let n = x.len() / c;
+        let (mut y, mut scratch) = (nan(n * oc), nan(fast::linear::forward_scratch(n, c, oc)));
+        fast::linear::forward(isa, &mut y, x, &w, &b, n, c, oc, &mut scratch);
+        vec![y]
+    };
+    for (isa, all) in on_all("three rows", |isa| forward(isa, &x)) {
+        for (row, y) in x.chunks_exact(c).zip(all[0].chunks_exact(oc)) {
+            assert!(forward(isa, row)[0] == y, "{isa:?}");
         }
     }
 }
