@@ -65,7 +65,7 @@ template <int N> DEV void fetch(float (&to)[N], const float* from) {
 // N neighbouring channels of an image, from channel c on: those of pixel r begin at `at + r * stride`.
 template <class T, int N> struct Column {
     T* at;
-    int64_t stride;
+    int stride;
     // Of one tensor of all channels.
     DEV Column(const Norm& p, const void* y, int n, int c) : stride(p.c()) { at = first(y) + int64_t(n) * p.s * stride + c; }
     // Of two side by side; no address for no tensor.
@@ -76,7 +76,7 @@ template <class T, int N> struct Column {
         if (at) at += int64_t(n) * p.s * stride + c - (source ? p.channels[0] : 0);
     }
     DEV static T* first(const void* x) { return static_cast<T*>(const_cast<void*>(x)); }
-    DEV Vec<T, N>& row(int r) const { return *reinterpret_cast<Vec<T, N>*>(at + r * stride); }
+    DEV Vec<T, N>& row(int r) const { return *reinterpret_cast<Vec<T, N>*>(at + int64_t(r) * stride); }
 };
 
 // f(pixels, mean, squares) for the parts of group g of image n: those of this lane.

@@ -20,7 +20,7 @@ struct NormGradient {
     int32_t parts, part_rows;
 };
 
-// h = (x - mean) rstd and u = h gain + offset of the channels of a slab, in shared memory.
+// u = (x - mean) gain + offset, gain = rstd k, of the channels of a slab, in shared memory.
 struct Slopes {
     float *mean, *rstd, *gain, *offset;
     DEV Slopes(float* at, int slab) : mean(at), rstd(at + slab), gain(at + 2 * slab), offset(at + 3 * slab) {}
@@ -29,19 +29,19 @@ struct Slopes {
             int64_t g = int64_t(n) * p.groups + (c0 + i) / p.width;
             float2 rows = scale_shift<T>(p, n, c0 + i);
             mean[i] = p.mean[g], rstd[i] = p.rstd[g];
-            gain[i] = p.gamma[c0 + i] * rows.x, offset[i] = p.beta[c0 + i] * rows.x + rows.y;
+            gain[i] = p.rstd[g] * p.gamma[c0 + i] * rows.x, offset[i] = p.beta[c0 + i] * rows.x + rows.y;
         }
     }
 };
 
 // Those of N channels.
 template <int N> struct Slope {
-    float mean[N], rstd[N], gain[N], offset[N];
-    DEV Slope(const Slopes& s, int v) { fetch(mean, s.mean + v), fetch(rstd, s.rstd + v), fetch(gain, s.gain + v), fetch(offset, s.offset + v); }
-    DEV float h(int e, float x) const { return (x - mean[e]) * rstd[e]; }
-    DEV float dz(const Norm& p, int e, float h, float dy) const {
+    float mean[N], gain[N], offset[N];
+    DEV Slope(const Slopes& s, int v) { fetch(mean, s.mean + v), fetch(gain, s.gain + v), fetch(offset, s.offset + v); }
+    // From x - mean.
+    DEV float dz(const Norm& p, int e, float d, float dy) const {
         if (!p.silu) return dy;
-        float u = fmaf(h, gain[e], offset[e]), s = sigmoid(u);
+        float u = fmaf(d, gain[e], offset[e]), s = sigmoid(u);
         return dy * s * (1.0f + u * (1.0f - s));
     }
 };
@@ -56,12 +56,12 @@ template <class T, int N> DEV void drop(Vec<T, N>& dy, const Norm& p, const Mask
         if (keep[e] == 0.0f) dy[e] = from_float<T>(0.0f);
 }
 
-// rstd mean(k dz) and rstd mean(k dz h), side by side, of the slab's groups, from `sums` (2, count) of its channels.
+// rstd mean(k dz) and rstd² mean(k dz h), side by side, of the slab's groups, from `sums` (2, count) of its channels.
 DEV void group_means(float* means, const Norm& p, const Slopes& slopes, const float* sums, int count) {
     for (int i = threadIdx.x; i < 2 * (count / p.width); i += THREADS) {
         float sum = 0.0f;
         for (int j = i / 2 * p.width; j < (i / 2 + 1) * p.width; j++) sum = fmaf(slopes.gain[j], sums[i % 2 * count + j], sum);
-        means[i] = slopes.rstd[i / 2 * p.width] * sum * float(p.per_element);
+        means[i] = (i % 2 ? slopes.rstd[i / 2 * p.width] : 1.0f) * sum * float(p.per_element);
     }
 }
 
@@ -72,8 +72,8 @@ DEV Vec<T, N> gradient(const NormGradient& p, const Slope<N>& f, const float (&m
     Vec<T, N> out;
 #pragma unroll
     for (int e = 0; e < N; e++) {
-        float h = f.h(e, to_float(x[e])), dz = f.dz(p.f, e, h, p.f.keep * to_float(dy[e]));
-        out[e] = from_float<T>(fmaf(f.rstd[e] * f.gain[e], dz, -fmaf(h, m[1][e], m[0][e])) + to_float(add[e]));
+        float d = to_float(x[e]) - f.mean[e], dz = f.dz(p.f, e, d, p.f.keep * to_float(dy[e]));
+        out[e] = from_float<T>(fmaf(f.gain[e], dz, -fmaf(d, m[1][e], m[0][e])) + to_float(add[e]));
     }
     return out;
 }
@@ -119,8 +119,8 @@ template <class T, int N> DEV void resident(const NormGradient& p) {
                 xs[row * lanes.vectors + lanes.v] = a[i], ds[row * lanes.vectors + lanes.v] = b[i];
 #pragma unroll
                 for (int e = 0; e < N; e++) {
-                    float h = slope.h(e, to_float(a[i][e])), dz = slope.dz(f, e, h, f.keep * to_float(b[i][e]));
-                    s1[e] += dz, s2[e] = fmaf(dz, h, s2[e]);
+                    float d = to_float(a[i][e]) - slope.mean[e], dz = slope.dz(f, e, d, f.keep * to_float(b[i][e]));
+                    s1[e] += dz, s2[e] = fmaf(dz, d, s2[e]);
                 }
             }
         }
@@ -136,6 +136,7 @@ template <class T, int N> DEV void resident(const NormGradient& p) {
         for (int i = threadIdx.x; i < 2 * count; i += THREADS) {
             float sum = 0.0f;
             for (int w = 0; w < WARPS; w++) sum += warps[w * 2 * count + i];
+            if (i >= count) sum *= slopes.rstd[i - count];
             warps[i] = sum;  // no other thread reads this place
             p.totals[(int64_t(n) * 2 + i / count) * f.c() + c0 + i % count] = sum;
         }
@@ -192,8 +193,8 @@ template <class T, int N> DEV void sums(const NormGradient& p) {
                 drop(b[i], f, mask, row, c);
 #pragma unroll
                 for (int e = 0; e < N; e++) {
-                    float h = slope.h(e, to_float(a[i][e])), dz = slope.dz(f, e, h, f.keep * to_float(b[i][e]));
-                    s1[e] += dz, s2[e] = fmaf(dz, h, s2[e]);
+                    float d = to_float(a[i][e]) - slope.mean[e], dz = slope.dz(f, e, d, f.keep * to_float(b[i][e]));
+                    s1[e] += dz, s2[e] = fmaf(dz, d, s2[e]);
                 }
             }
         }
@@ -204,9 +205,11 @@ template <class T, int N> DEV void sums(const NormGradient& p) {
         }
         __syncthreads();
         for (int i = threadIdx.x; i < 2 * SLAB; i += THREADS) {
+            if (i % SLAB >= count) continue;
             float sum = 0.0f;
             for (int w = 0; w < WARPS; w++) sum += warps[w][i];
-            if (i % SLAB < count) p.partial[((int64_t(n) * p.parts + part) * 2 + i / SLAB) * f.c() + c0 + i % SLAB] = sum;
+            if (i >= SLAB) sum *= slopes.rstd[i - SLAB];
+            p.partial[((int64_t(n) * p.parts + part) * 2 + i / SLAB) * f.c() + c0 + i % SLAB] = sum;
         }
         __syncthreads();  // the sums of the warps are overwritten next
     }

@@ -159,6 +159,10 @@ DEV void tma_store_commit() { PTX_SM90(asm volatile("cp.async.bulk.commit_group;
 template <int N> DEV void tma_store_wait_read() { PTX_SM90(asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory")); }
 template <int N> DEV void tma_store_wait() { PTX_SM90(asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory")); }
 
+// ---- sm_90: a kernel launched with `overlap` starts while the one before it still runs ----
+DEV void grid_launch_next() { PTX_SM90(asm volatile("griddepcontrol.launch_dependents;" ::: "memory")); }  // the next one may start
+DEV void grid_wait() { PTX_SM90(asm volatile("griddepcontrol.wait;" ::: "memory")); }  // until all before have ended
+
 // ---- sm_90: clusters ----
 DEV uint32_t cluster_rank() {
     uint32_t r = 0;

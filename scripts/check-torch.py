@@ -5,7 +5,9 @@
 
 Writes a .pt, a .safetensors and a diffusers folder from CHECKPOINT into a temporary folder; loads each with the program
 it is for; saves the state dict again with torch.save, in both containers, imports it and exports it once more. Every tensor
-must be equal to the bit. Prints one line per check; exit code 1 if one fails. Needs torch and safetensors.
+must be equal to the bit. With diffusers, also makes a network of the google/ddpm-* kind there, imports it, exports it and holds the
+outputs of both against each other. Files optN.pt and modelN.pt beside CHECKPOINT (`iddpm train --reference-files` writes them)
+go into torch.optim.AdamW. Prints one line per check; exit code 1 if one fails. Needs torch and safetensors.
 """
 
 import json
@@ -71,6 +73,44 @@ def check_diffusers(folder):
     report("diffusers: the network runs and gives finite numbers", bool(out.isfinite().all()))
 
 
+def check_ddpm(iddpm, folder):
+    """A small network as google/ddpm-cifar10-32 is one: there, here, and there again."""
+    try:
+        from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+    except ImportError:
+        return
+    torch.manual_seed(0)
+    settings = dict(flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6, downsample_padding=0, attention_head_dim=None)
+    blocks = dict(
+        block_out_channels=(32, 64), down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D")
+    )
+    first = UNet2DModel(sample_size=8, layers_per_block=1, **blocks, **settings).eval()
+    DDPMPipeline(first, DDPMScheduler(variance_type="fixed_large")).save_pretrained(os.path.join(folder, "ddpm"))
+    path = lambda name: os.path.join(folder, name)
+    run(iddpm, "import", path("ddpm"), "--to", path("ddpm.safetensors"))
+    run(iddpm, "export", path("ddpm.safetensors"), "--to", path("ddpm-back"))
+    second = UNet2DModel.from_pretrained(path("ddpm-back")).eval()
+    report("google/ddpm-*: the settings come back", all(second.config[k] == first.config[k] for k in settings))
+    report("google/ddpm-*: the tensors come back", same(first.state_dict(), second.state_dict()))
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        report("google/ddpm-*: the outputs are equal", torch.equal(first(x, 9).sample, second(x, 9).sample))
+
+
+def check_optimizer(path, tensors):
+    """optNNNNNN.pt beside modelNNNNNN.pt, loaded into AdamW over the same tensors."""
+    state = torch.load(path, weights_only=True)
+    parameters = [torch.nn.Parameter(t) for t in tensors.values()]
+    optimizer = torch.optim.AdamW(parameters)
+    optimizer.load_state_dict(state)
+    good = all(optimizer.state[p]["exp_avg"].shape == p.shape for p in parameters)
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    steps = {float(optimizer.state[p]["step"]) for p in parameters}
+    report(f"torch.optim.AdamW takes {os.path.basename(path)}", good and len(steps) == 1)
+
+
 def main():
     checkpoint = sys.argv[1]
     iddpm = sys.argv[2] if len(sys.argv) > 2 else "target/release/iddpm"
@@ -91,6 +131,11 @@ def main():
             check_diffusers(path("hf"))
         else:
             print(f"skip  diffusers: {done.stderr.strip()}")
+        check_ddpm(iddpm, folder)
+        beside = os.path.dirname(checkpoint) or "."
+        names = [n for n in os.listdir(beside) if n.startswith("opt") and n.endswith(".pt")]
+        for name in sorted(names) if os.path.isfile(checkpoint) else []:
+            check_optimizer(os.path.join(beside, name), torch.load(os.path.join(beside, f"model{name[3:]}"), weights_only=True))
     sys.exit(failures > 0)
 
 

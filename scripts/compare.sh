@@ -2,28 +2,16 @@
 # Times this project and PyTorch beside each other on the same machine, in the same minutes, and writes one Markdown
 # table and one JSON record under benches/record/.
 #
-#   scripts/compare.sh --device cpu                     everything, about 15 minutes on a quiet machine
+#   scripts/compare.sh --device cpu                     everything, about 40 minutes on a quiet machine of 2 cores
 #   scripts/compare.sh --device cpu --configs t1 --sample-configs t1 --variants P0,P1      a quick look
+#   scripts/compare.sh --device cuda --resume           nine minutes; again and again until its table is complete
+#   scripts/compare.sh --device cuda --configs cifar10 --sample-configs ''                  one row
 #
 # PyTorch is installed into benches/peer/.venv if it is not there; IDDPM_PEER_PYTHON names another Python that has it.
 # IDDPM_BINARY names a built program; otherwise cargo builds one. Further flags are those of benches/peer/compare.py --help.
+# Exit status 3: nothing could be measured, and the last line says why.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
-
-device=cpu
-if [[ ${1:-} == --device ]]; then
-    device=${2:?--device needs cpu or cuda}
-    shift 2
-fi
-case $device in
-    cpu) ;;
-    cuda)
-        echo "compare: the program has no CUDA device yet, so nothing of ours can be timed there;" \
-            "PyTorch alone: benches/peer/measure.py" >&2
-        exit 3
-        ;;
-    *) echo "compare: --device $device: there are cpu and cuda" >&2; exit 2 ;;
-esac
 
 command -v python3 >/dev/null || { echo "compare: python3 is needed; without it: iddpm bench step" >&2; exit 3; }
 binary=${IDDPM_BINARY:-$root/target/release/iddpm}

@@ -13,7 +13,7 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benches" / "peer"))
 sys.dont_write_bytecode = True
-from compare import markdown  # noqa: E402
+from tables import markdown  # noqa: E402
 
 SUMMARY = ("config", "batch", "gflop", "ms", "images_s", "gflop_s", "peak_pct", "floor_ms", "floor_pct", "spread_pct", "machine")
 BY_OP = ("op", "count", "ms", "share_pct", "gflop_s", "gb_s", "floor_pct")

@@ -75,7 +75,7 @@ def main():
     out = model(x, t).sample
     (out * cotangent).sum().backward()
     found = {"x": x, "t": t.to(torch.float32), "out": out.detach(), "cotangent": cotangent}
-    found |= {f"grad/{name}": dict(model.named_parameters())[name].grad for name in GRADIENTS}
+    found |= {f"grad/{name}": dict(model.named_parameters())[name].grad.clone() for name in GRADIENTS}
     # The same in float64: how much of a difference is rounding.
     model = model.double()
     exact = model(x.double(), t).sample

@@ -7,9 +7,11 @@
 
 pub mod ceilings;
 pub mod configs;
+pub mod gpu;
 pub mod gpu_rates;
 pub mod kernels;
 pub mod load;
+pub mod probes;
 pub mod record;
 pub mod run;
 pub mod sample;
@@ -17,3 +19,5 @@ pub mod serve;
 pub mod startup;
 pub mod step;
 pub mod timing;
+#[cfg(feature = "emulator")]
+pub mod traffic;

@@ -268,7 +268,7 @@ impl Sampler {
             let labels = pictures.labels.map(|l| &l[first..first + seeds.len()]);
             let size = self.shape.len() / self.shape.n;
             let given = given.map(|x| &x[first * size..][..seeds.len() * size]);
-            self.start(device, seeds, labels, given)?;
+            self.begin(device, Pictures { seeds, labels }, given)?;
             self.write_low_res(device, first, low_res)?;
             let mut done = batch * steps;
             for pass in &self.passes {
@@ -304,8 +304,16 @@ impl Sampler {
         }
     }
 
-    /// Writes x_T (`given` or drawn), seeds and labels; a batch that is not full is filled up with its last picture.
-    fn start(&self, device: &mut Device, seeds: &[u64], labels: Option<&[i32]>, given: Option<&[f32]>) -> Result<()> {
+    /// Writes x_T as it is drawn, seeds and labels of at most a batch of pictures.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn start(&self, device: &mut Device, pictures: Pictures) -> Result<()> {
+        self.begin(device, pictures, None)
+    }
+
+    /// [`Self::start`] with x_T `given` or drawn; a batch that is not full is filled up with its last picture.
+    fn begin(&self, device: &mut Device, Pictures { seeds, labels }: Pictures, given: Option<&[f32]>) -> Result<()> {
         let at = |n: usize| n.min(seeds.len() - 1);
         let size = self.shape.len() / self.shape.n;
         let mut x = vec![0.0; self.shape.len()];
@@ -339,6 +347,14 @@ impl Sampler {
             low_res.enlarge((first + n) % low_res.len(), self.shape.h, out);
         }
         device.write_f32(self.id, v, &all.repeat(self.copies))
+    }
+
+    /// One reverse step from `t`, the first half of Heun's; on a GPU it is started, not waited for.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn step(&self, device: &mut Device, t: usize) -> Result<()> {
+        self.pass(device, &Pass { t, row: t, completes: true })
     }
 
     /// One call of the network and the row of the sampler's table that follows.

@@ -38,16 +38,16 @@ class Config:
 
 
 CONFIGS = {
-    "A": Config(32, 128, 3, (1, 2, 2, 2), (2, 4), dropout=0.3, gmac=8.387),
-    "B": Config(64, 128, 3, (1, 2, 3, 4), (4, 8), gmac=39.736),
-    "C": Config(64, 192, 3, (1, 2, 3, 4), (4, 8), num_classes=1000, gmac=89.086),
-    "D": Config(256, 128, 2, (1, 1, 2, 2, 4, 4), (16,), num_heads=1, scale_shift=False, gmac=248.740),
-    "E": Config(32, 64, 2, (1, 2, 2, 2), (2, 4), in_channels=1, out_channels=2, gmac=1.624),
+    "cifar10": Config(32, 128, 3, (1, 2, 2, 2), (2, 4), dropout=0.3, gmac=8.387),
+    "imagenet64": Config(64, 128, 3, (1, 2, 3, 4), (4, 8), gmac=39.736),
+    "imagenet64-cond": Config(64, 192, 3, (1, 2, 3, 4), (4, 8), num_classes=1000, gmac=89.086),
+    "lsun256": Config(256, 128, 2, (1, 1, 2, 2, 4, 4), (16,), num_heads=1, scale_shift=False, gmac=248.740),
+    "tiny": Config(32, 64, 2, (1, 2, 2, 2), (2, 4), in_channels=1, out_channels=2, gmac=1.624),
+    "t0": Config(8, 32, 1, (1,), (1,), gmac=0.0097),
     "t1": Config(16, 32, 1, (1, 2), (2,), gmac=0.0667),
     "t2": Config(16, 32, 2, (1, 2, 2), (2,), gmac=0.0972),
     "t3": Config(32, 32, 1, (1, 2, 2), (2, 4), gmac=0.2886),
     "t4": Config(32, 32, 2, (1, 2, 2, 2), (2, 4), gmac=0.4306),
-    "tiny": Config(16, 32, 1, (1, 1), (2,), dropout=0.1, num_heads=2, gmac=0.0331),
 }
 
 

@@ -54,6 +54,11 @@ def prepare(job, training):
     return cfg, net, Diffusion().to(job["device"])
 
 
+# What a variant computes in, in words that both sides share.
+PRECISIONS = {"cpu": {"fp32": "f32", "autocast": "bf16", "bf16w": "bf16"},
+              "cuda": {"fp32": "f32 (TF32)", "autocast": "bf16", "bf16w": "bf16"}}
+
+
 def precision(job):
     if job["precision"] == "autocast":
         return torch.autocast(job["device"], dtype=torch.bfloat16)
@@ -124,13 +129,16 @@ def train(job):
     result = measure(run, device, warmup=2 if job["tiny"] else 20, **effort(job))
     out = {**times(result), "img_s": n / result["s"], "tflops": 6e9 * cfg.gmac * n / result["s"] / 1e12,
            "compile_s": first, "loss": last.item(), "params": count(net)}
-    if device == "cuda":
-        out["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    elif peak_memory():
-        out["process_peak_gb"] = peak_memory() / 1e9
+    if used := used_bytes(device):
+        out["peak_gb"] = used / 1e9
     if job.get("kernels"):
         out["kernels"] = kernel_table(run, device)
     return out
+
+
+def used_bytes(device):
+    """The most memory held: by tensors on a GPU, by the process on the CPU."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else peak_memory()
 
 
 def count(net):
@@ -191,13 +199,15 @@ def sample(job):
 def serve(job):
     """Answer every line of the input with the time of a block of steps."""
     step, first, cfg, net = (training(job)[:4] if job["kind"] == "train" else sampling(job))
-    for _ in range(3):
+    for _ in range(11 if job["device"] == "cuda" else 1 if job["tiny"] else 3):
         step()
-    calls = calls_per_block(step, job["device"], job["block_s"])
+    run = captured([step], job["device"]) if job["graph"] else step
+    calls = calls_per_block(run, job["device"], job["block_s"])
     print(json.dumps({"ready": True, "params": count(net), "batch": job["batch"], "threads": torch.get_num_threads(),
-                      "torch": torch.__version__, "compile_s": first}), flush=True)
+                      "precision": PRECISIONS[job["device"]][job["precision"]], "used_bytes": used_bytes(job["device"]),
+                      "torch": torch.__version__, "compile_s": first, "options": job}), flush=True)
     for _ in sys.stdin:
-        seconds, foreign = block(step, job["device"], calls)
+        seconds, foreign = block(run, job["device"], calls)
         print(json.dumps({"s": seconds, "calls": calls, "foreign": foreign}), flush=True)
 
 
@@ -225,7 +235,8 @@ def startup(job):
 def curve(job):
     """Mean loss of every ten steps of training from the reference's initialisation on the images of job['data']."""
     from data import load_images
-    torch.set_num_threads(job["threads"])
+    if job["threads"]:
+        torch.set_num_threads(job["threads"])
     torch.manual_seed(job["seed"])
     cfg = CONFIGS[job["config"]]
     images = load_images(job["data"], cfg.in_channels, cfg.image_size, 50_000)
@@ -234,10 +245,12 @@ def curve(job):
     for _ in range(job["steps"]):
         for p in net.parameters():
             p.grad = None
-        loss = diffusion.loss_from_bytes(net, images[torch.randint(len(images), (job["batch"],))].to(job["device"]))
+        with precision(job):
+            loss = diffusion.loss_from_bytes(net, images[torch.randint(len(images), (job["batch"],))].to(job["device"]))
         loss.backward()
         opt.step()
-        losses.append(loss.item())
+        losses.append(loss.detach())
+    losses = torch.stack(losses).tolist()
     return {"losses": [sum(losses[i:i + 10]) / 10 for i in range(0, len(losses), 10)]}
 
 

@@ -86,6 +86,8 @@ inline void tma_store_commit() { emu::tma_store_commit(); }
 template <int N> inline void tma_store_wait_read() { emu::tma_store_wait(N); }
 template <int N> inline void tma_store_wait() { emu::tma_store_wait(N); }
 
+inline void grid_launch_next() {}  // launches run one after the other
+inline void grid_wait() {}
 inline uint32_t cluster_rank() { return emu::cluster_rank(); }
 inline void cluster_arrive() { emu::cluster_arrive(); }
 inline void cluster_wait() { emu::cluster_wait(); }

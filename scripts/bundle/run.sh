@@ -1,39 +1,45 @@
 #!/usr/bin/env bash
 # Runs one stage of the bundle that scripts/gpu-bundle.sh packs; each ends within nine minutes in one summary table.
 #
-#   ./run.sh check|bench|compare|train RESULTS [--python PYTHON] [--data IMAGES]
+#   ./run.sh check|bench|peer|compare|train RESULTS [--python PYTHON] [--data IMAGES] [-- FLAGS]
 #
-#   check     every test, on the processor and on the GPU, and compute-sanitizer (memcheck, racecheck) where it is installed
-#   bench     ceilings, training step, ops, sampling, start-up, memory
-#   compare   the same steps beside PyTorch's (PYTHON: one with torch; default python3)
+#   check     every test on the GPU, compute-sanitizer (memcheck, racecheck) where it is installed, then on the processor
+#   bench     ceilings, gaps, caches and clocks; training step, ops, sampling, start-up, memory
+#   peer      PyTorch's parts: ceilings, cuDNN's convolutions, attention, group norm, loss, optimiser, start-up
+#   compare   both sides in turn: call it again until its table is complete; FLAGS are those of benches/peer/compare.py
 #   train     a training run with samples (IMAGES: any set that `iddpm train --data-dir` takes; default: built-in digits)
 #
-# Everything is written to RESULTS. Exit status: 0 all well, 1 something failed, 2 wrong use, 3 no device: what needs none ran.
+# Everything is written to RESULTS; peer and compare need a PYTHON with torch (default: python3).
+# Exit status: 0 all well, 1 something failed, 2 wrong use, 3 no device, or not measured: what needs none ran.
 set -uo pipefail
-usage() { sed -n '4,11s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '4,14s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 stage=${1:-} results=${2:-}
-[[ $stage =~ ^(check|bench|compare|train)$ && -n $results ]] || usage
+[[ $stage =~ ^(check|bench|peer|compare|train)$ && -n $results ]] || usage
 shift 2
 python=python3 data=()
 while (($#)); do
     case $1 in
         --python) python=${2:?--python needs a program}; shift 2 ;;
         --data) data=(--data-dir "$(realpath "${2:?--data needs a path}")"); shift 2 ;;
+        --) shift; break ;;
         *) usage ;;
     esac
 done
+flags=("$@")
 mkdir -p "$results" || exit 1
 results=$(realpath "$results")
 cd "$(dirname "$0")" || exit 1
 root=$PWD
 export CARGO_MANIFEST_DIR=$root CARGO_BIN_EXE_iddpm=$root/bin/iddpm CRITERION_HOME=$results/criterion
+IDDPM_COMMIT=$(sed -n 's/^commit //p' BUNDLE)
+export IDDPM_COMMIT
 chmod +x bin/* test-programs/* bench-programs/* 2>/dev/null
 
 deadline=$((SECONDS + 530))
 log=$results/$stage
 mkdir -p "$log"
 names=() states=() times=() notes=()
-failed=0
+failed=0 unmeasured=
 
 # step NAME LIMIT COMMAND...: runs it into its own log, at most LIMIT seconds and not beyond the deadline.
 step() {
@@ -46,9 +52,10 @@ step() {
     echo "== $name" >&2
     timeout --kill-after=5 "$((limit < left ? limit : left))" "$@" >"$log/$name.txt" 2>&1 </dev/null
     local status=$?
-    note=$(grep -E '^test result|^error|panicked|ERROR SUMMARY' "$log/$name.txt" | tail -1)
+    note=$(grep -E '^test result|^error|panicked|ERROR SUMMARY|nothing is measured' "$log/$name.txt" | tail -1)
     case $status in
         0) state=ok ;;
+        3) state="not run" unmeasured=$note ;;
         124 | 137) state=stopped note="after $((SECONDS - start)) s" failed=1 ;;
         *) state=FAILED note="${note:-$(tail -1 "$log/$name.txt")}" failed=1 ;;
     esac
@@ -74,41 +81,36 @@ finish() {
     exit "$1"
 }
 
-# The device: what the driver shows, and whether this program can use one.
+# The device: what the driver shows, and whether this program can use it.
 device=none why=
 if ! command -v nvidia-smi >/dev/null; then
     why="no device: nvidia-smi was not found, so there is no NVIDIA driver here"
 elif ! device=$(nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,memory.total --format=csv,noheader 2>&1 | head -1) ||
     [[ -z $device || $device == *[Ff]ailed* || $device == *"No devices"* ]]; then
     why="no device: nvidia-smi says: ${device:-nothing}" device=none
-elif ! bin/iddpm bench step --help 2>&1 | grep -A8 -- '--device' | grep -q cuda; then
-    why="no device for this program: it was built without --device cuda, so nothing of it runs on $device"
+elif ! bin/iddpm bench serve --device cuda --config t0 --batch-size 1 --block-seconds 0 >"$log/device.txt" 2>&1 </dev/null; then
+    why="no device for this program: $(tail -1 "$log/device.txt")"
 fi
 gpu=0
 [[ -n $why ]] || gpu=1
-clock() { nvidia-smi --query-gpu=clocks.sm,temperature.gpu,power.draw,clocks_throttle_reasons.active,utilization.gpu --format=csv >>"$log/clocks.txt" 2>&1; }
 where=cpu
 ((gpu == 0)) || where=cuda
-((gpu == 0)) || clock
+python_path=$(command -v "$python") || python_path=
+# PyTorch's version; empty without it.
+torch=$("$python" -c 'import torch, numpy, safetensors; print(torch.__version__)' 2>/dev/null)
 
-# Python's place and whether it has PyTorch; empty if not.
-torch() { "$python" -c 'import torch, numpy, safetensors; print(torch.__version__)' 2>/dev/null; }
+# The tests whose kernels run on the device that IDDPM_TEST_DEVICE names.
+device_tests=(driver cuda_ golden)
 
 case $stage in
 check)
-    for program in test-programs/*; do
-        step "cpu-$(basename "$program")" 240 env IDDPM_TEST_DEVICE=cpu "$program" --test-threads=2
-    done
-    if grep -q '^features.*emulator' BUNDLE; then
-        step emulated-golden 200 env IDDPM_TEST_DEVICE=emulated test-programs/suite --test-threads=2 golden
-    fi
     if ((gpu)); then
-        step cuda-suite 300 env IDDPM_TEST_DEVICE=cuda test-programs/suite --test-threads=1
+        step cuda-suite 240 env IDDPM_TEST_DEVICE=cuda test-programs/suite --test-threads=1 "${device_tests[@]}"
         sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
         for tool in memcheck racecheck; do
             if [[ -n $sanitizer ]]; then
-                step "cuda-$tool" 120 env IDDPM_TEST_DEVICE=cuda "$sanitizer" --tool "$tool" --error-exitcode 1 \
-                    test-programs/suite --test-threads=1 golden
+                step "cuda-$tool" 100 env IDDPM_TEST_DEVICE=cuda "$sanitizer" --tool "$tool" --error-exitcode 1 \
+                    test-programs/suite --test-threads=1 "${device_tests[@]}"
             else
                 skip "cuda-$tool" "compute-sanitizer was not found"
             fi
@@ -116,37 +118,48 @@ check)
     else
         skip cuda-suite "$why"
     fi
+    for program in test-programs/*; do
+        step "cpu-$(basename "$program")" 500 env IDDPM_TEST_DEVICE=cpu "$program"
+    done
     ;;
 bench)
     configs=t1,t3
-    ((gpu == 0)) || configs=cifar10,imagenet64
-    step "$where-step" 150 bin/iddpm bench step --device $where --config $configs --json "$log/step.json"
-    step "$where-kernels" 150 bin/iddpm bench kernels --device $where --config ${configs%%,*} --json "$log/kernels.json"
-    step "$where-sample" 150 bin/iddpm bench sample --device $where --config ${configs%%,*} --limit-seconds 8 --json "$log/sample.json"
-    step "$where-startup" 60 bin/iddpm bench startup --device $where --config ${configs%%,*} --blocks 3 --json "$log/startup.json"
-    step "$where-memory" 60 bin/iddpm bench memory --device $where --config ${configs%%,*} --json "$log/memory.json"
-    for program in bench-programs/*; do
-        step "criterion-$(basename "$program")" 60 "$program" --bench --warm-up-time 0.3 --measurement-time 0.5 --sample-size 10
-    done
+    ((gpu == 0)) || configs=cifar10,imagenet64,tiny
+    first=${configs%%,*}
+    step "$where-ceilings" 60 bin/iddpm bench ceilings --device $where --json "$log/ceilings.json"
+    step "$where-step" 120 bin/iddpm bench step --device $where --config $configs --json "$log/step.json"
+    step "$where-kernels" 90 bin/iddpm bench kernels --device $where --config "$first" --json "$log/kernels.json"
+    step "$where-sample" 120 bin/iddpm bench sample --device $where --config "$first" --limit-seconds 4 --json "$log/sample.json"
+    step "$where-startup" 60 bin/iddpm bench startup --device $where --config "$first" --blocks 3 --json "$log/startup.json"
+    step "$where-memory" 60 bin/iddpm bench memory --device $where --config $configs --json "$log/memory.json"
+    if ((gpu == 0)); then
+        for program in bench-programs/*; do
+            step "$(basename "$program")" 100 "$program" --bench --warm-up-time 0.3 --measurement-time 0.5 --sample-size 10
+        done
+    fi
+    ;;
+peer)
+    [[ -n $torch ]] || finish 3 "not measured: $python has no torch, numpy or safetensors: name another with --python"
+    toy=()
+    ((gpu)) || toy=(--device cpu --tiny)
+    step peer-golden 120 "$python" -B benches/peer/check.py --norm native
+    step peer-ceilings-conv 190 "$python" -B benches/peer/measure.py --stage ceilings conv "${toy[@]}" --budget 180 --out "$log"
+    step peer-parts 170 "$python" -B benches/peer/measure.py --stage micro "${toy[@]}" --budget 160 --out "$log"
+    step peer-startup 120 "$python" -B benches/peer/measure.py --stage startup "${toy[@]}" --budget 110 --out "$log"
     ;;
 compare)
-    version=$(torch)
-    if [[ -z $version ]]; then
-        skip peer "$python has no torch, numpy or safetensors: name another with --python"
-        finish 3 "not measured: there is no PyTorch to compare with"
-    fi
-    echo "PyTorch $version" >"$log/torch.txt"
-    step peer-golden 120 "$python" -B benches/peer/check.py --norm native
+    [[ -n $torch ]] || finish 3 "not measured: $python has no torch, numpy or safetensors: name another with --python"
     if ((gpu)); then
-        step peer-ceilings-conv 160 "$python" -B benches/peer/measure.py --stage ceilings conv --budget 150 --out "$log/peer"
-        clock
-        step ours-step 60 bin/iddpm bench step --device cuda --config cifar10 --json "$log/step-before.json"
-        step peer-train 200 "$python" -B benches/peer/measure.py --stage train --configs A --budget 190 --out "$log/peer"
-        step ours-step-again 60 bin/iddpm bench step --device cuda --config cifar10 --json "$log/step-after.json"
-        clock
+        [[ -d $log/work/compiler-cache ]] ||
+            step peer-warm 150 "$python" -B benches/peer/measure.py --stage warm --configs cifar10 --budget 140 --out "$log/work"
+        minutes=$(((deadline - SECONDS - 20) * 10 / 60))
+        step cuda-both 520 "$python" -B benches/peer/compare.py --device cuda --binary bin/iddpm --python "$python_path" --resume \
+            --limit-minutes "${minutes%?}.${minutes: -1}" --work "$log/work" --out "$log" "${flags[@]}"
+        cat "$log/cuda.md" 2>/dev/null
     else
-        step cpu-both 500 "$python" -B benches/peer/compare.py --binary bin/iddpm --python "$(command -v "$python")" \
-            --configs t1,t3 --sample-configs t1 --variants P0,P1 --limit-s 40 --out "$log"
+        step cpu-both 520 "$python" -B benches/peer/compare.py --binary bin/iddpm --python "$python_path" --configs t1,t3 \
+            --sample-configs t1 --variants P0,P1 --limit-s 40 --work "$log/work" --out "$log" "${flags[@]}"
+        cat "$log/cpu.md" 2>/dev/null
     fi
     ;;
 train)
@@ -156,7 +169,7 @@ train)
     ;;
 esac
 
-((gpu == 0)) || clock
 ((failed == 0)) || finish 1
 ((gpu)) || finish 3 "$why"
+[[ -z $unmeasured ]] || finish 3 "$unmeasured"
 finish 0

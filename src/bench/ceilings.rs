@@ -5,16 +5,16 @@
 //! fastest block: a ceiling is what was reached once.
 
 use super::gpu_rates::Rates;
-use super::timing::{Effort, Timing, measure};
+use super::timing::{Clock, Effort, Timing, measure};
 use crate::device::Device;
 use crate::device::cpu::Cpu;
 use crate::device::driver::Driver;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use rayon::prelude::*;
 use serde::Serialize;
 use std::hint::black_box;
 
-/// The ceilings of a device.
+/// The ceilings of a device; all NaN for an emulated GPU, whose times say nothing.
 #[derive(Clone, Debug, Serialize)]
 pub struct Ceilings {
     /// Widest multiply-add the device has: "avx512", "avx2", "portable", "wgmma, bf16", "mma.sync, bf16".
@@ -30,6 +30,16 @@ pub struct Ceilings {
 }
 
 impl Ceilings {
+    fn unknown() -> Self {
+        let never = Timing::one(f64::NAN);
+        Ceilings { instructions: "emulated", gflops: f64::NAN, gb_s: f64::NAN, arithmetic: never, copy: never }
+    }
+
+    /// Whether the device has any.
+    pub fn known(&self) -> bool {
+        !self.gflops.is_nan()
+    }
+
     /// Least seconds that `flops` and `bytes` take on this machine, whichever is longer.
     pub fn floor(&self, flops: f64, bytes: f64) -> f64 {
         (flops / (self.gflops * 1e9)).max(bytes / (self.gb_s * 1e9))
@@ -38,13 +48,11 @@ impl Ceilings {
     /// Measures both: on the threads of a processor, or by kernels of a GPU.
     ///
     /// # Errors
-    /// Those of the timing and the driver; [`Error::Device`] for an emulated GPU, whose times say nothing.
+    /// Those of the timing and the driver.
     pub fn measure(device: &Device, effort: &Effort) -> Result<Self> {
         match device {
             Device::Cpu(cpu) => Self::of_processor(cpu, effort),
-            Device::Cuda(gpu) if gpu.driver().is_emulated() => {
-                Err(Error::Device("times of an emulated GPU say nothing: use --device cpu, or a GPU".into()))
-            }
+            Device::Cuda(gpu) if gpu.driver().is_emulated() => Ok(Self::unknown()),
             Device::Cuda(gpu) => Self::of_gpu(gpu.driver()),
         }
     }
@@ -63,13 +71,13 @@ impl Ceilings {
     fn of_processor(cpu: &Cpu, effort: &Effort) -> Result<Self> {
         let (instructions, lanes, kernel) = multiply_add();
         let flops = (cpu.threads() * ROUNDS * CHAINS * lanes * 2) as f64;
-        let arithmetic = measure(effort, || {
+        let arithmetic = measure(&Clock::Wall, effort, || {
             cpu.install(|| rayon::broadcast(|_| black_box(kernel(black_box(0.999)))));
             Ok(())
         })?;
         let from = vec![1.0f32; COPIED];
         let mut to = vec![0.0f32; COPIED];
-        let copy = measure(effort, || {
+        let copy = measure(&Clock::Wall, effort, || {
             let part = COPIED.div_ceil(cpu.threads());
             cpu.install(|| to.par_chunks_mut(part).zip(from.par_chunks(part)).for_each(|(a, b)| a.copy_from_slice(b)));
             black_box(&mut to);
@@ -163,6 +171,7 @@ mod tests {
         let c = Ceilings { instructions: "portable", gflops: 10.0, gb_s: 2.0, arithmetic: t, copy: t };
         assert_eq!(c.floor(1e10, 1e9), 1.0);
         assert_eq!(c.floor(1e9, 4e9), 2.0);
+        assert!(Ceilings::unknown().floor(1e9, 4e9).is_nan() && !Ceilings::unknown().known() && c.known());
     }
 
     #[test]

@@ -2,16 +2,19 @@
 //!
 //! One plan holds each distinct op once, every value in memory of its own, and runs again and again: when an op's turn
 //! comes, all others have touched their operands since, so nothing stays in a cache that would not in a real step. A
-//! time is the median over blocks of rounds that ran while nobody else used the machine.
+//! time is the median over blocks of rounds that ran while nobody else used the machine. On an emulated GPU there are no
+//! times: the bytes that the kernels move stand beside those that the ops declare.
 
 use super::ceilings::Ceilings;
 use super::configs::{self, Named};
 use super::load::{Load, QUIET};
-use super::record::{Record, Table};
-use super::run::{Open, TrainingStep};
+use super::record::{Record, Table, condition};
+use super::run::{Open, TrainingStep, precision};
 use super::timing::{Effort, FEWEST, median};
+#[cfg(feature = "emulator")]
+use super::traffic;
 use crate::config::Config;
-use crate::device::Plan;
+use crate::device::{Device, Plan};
 use crate::diffusion::gaussian::Output;
 use crate::error::Result;
 use crate::graph::{DType, Graph, Place, Region, Shape, Val};
@@ -20,13 +23,51 @@ use crate::ops::vb_terms::VbTerms;
 use crate::ops::{Op, Operation};
 use crate::rng;
 use crate::train;
+use half::bf16;
 use std::time::Instant;
 
 /// One distinct op, and how often the step has it.
-struct Kind {
-    op: Op,
-    count: usize,
-    shape: String,
+pub struct Kind {
+    /// The op.
+    pub op: Op,
+    /// How often the step has it.
+    pub count: usize,
+    /// Its outputs and inputs.
+    pub shape: String,
+}
+
+/// The distinct ops of a configuration, bound to a device.
+pub struct Kinds {
+    /// Their list as a plan of its own.
+    pub step: TrainingStep,
+    /// One for each step of the list.
+    pub kinds: Vec<Kind>,
+    /// Names of ops that the device has no kernel for, each once.
+    pub missing: Vec<&'static str>,
+}
+
+impl Kinds {
+    /// Of `config`, with all inputs filled.
+    ///
+    /// # Errors
+    /// Memory that cannot be had.
+    pub fn new(config: &Config, open: Open) -> Result<Self> {
+        let (images, device) = (configs::images(config)?, open()?);
+        let (plan, vals, params) = train::plan_of(config, images.n, true, device.target())?;
+        let (mut graph, mut kinds) = distinct(plan.graph, config, vals.control);
+        let mut missing: Vec<&'static str> = Vec::new();
+        if let Device::Cuda(_) = device {
+            let has_kernel: Vec<bool> = kinds.iter().map(|k| k.op.prepare_cuda(&graph).is_ok()).collect();
+            missing = kinds.iter().zip(&has_kernel).filter(|(_, has)| !**has).map(|(k, _)| k.op.name()).collect();
+            missing.sort_unstable();
+            missing.dedup();
+            graph.steps = graph.steps.into_iter().zip(&has_kernel).filter(|(_, has)| **has).map(|(s, _)| s).collect();
+            kinds = kinds.into_iter().zip(&has_kernel).filter(|(_, has)| **has).map(|(k, _)| k).collect();
+        }
+        let mut step = TrainingStep::bind(config, &images, Plan::new(graph, false), vals, &params, device)?;
+        fill(&mut step, config.train.seed)?;
+        Ok(Kinds { step, kinds, missing })
+    }
 }
 
 /// Measures the ops of each configuration.
@@ -35,27 +76,32 @@ struct Kind {
 /// Memory that cannot be had.
 pub fn kernels(record: &mut Record, list: &[Named], open: Open, effort: &Effort, ceilings: &Ceilings) -> Result<()> {
     for Named { name, config } in list {
-        let images = configs::images(config)?;
-        let device = open()?;
-        let (plan, vals, params) = train::plan_of(config, images.n, true, device.target())?;
-        let (graph, kinds) = distinct(plan.graph, config, vals.control);
-        eprintln!("{name}: {} distinct ops", kinds.len());
-        let mut step = TrainingStep::bind(config, &images, Plan::new(graph, false), vals, &params, device)?;
-        fill(&mut step, config.train.seed)?;
-        let rounds = Rounds::measure(&mut step, effort)?;
-        record.add(table(name, config.train.batch_size, step.graph(), &kinds, &rounds, ceilings));
+        let mut kinds = Kinds::new(config, open)?;
+        eprintln!("{name}: {} distinct ops", kinds.kinds.len());
+        if !kinds.missing.is_empty() {
+            println!("{name}: no kernel for {}", kinds.missing.join(", "));
+            record.set("without_kernel", &kinds.missing);
+        }
+        let title = format!("{name}, batch {}, {}", config.train.batch_size, precision(kinds.step.graph()));
+        #[cfg(feature = "emulator")]
+        if !ceilings.known() {
+            record.add(traffic::table(&title, &mut kinds)?);
+            continue;
+        }
+        kinds.step.device.capture(kinds.step.id)?;
+        let rounds = Rounds::measure(&mut kinds.step, effort)?;
+        record.add(table(&title, &kinds, &rounds, ceilings));
     }
     Ok(())
 }
 
-fn table(name: &str, batch: usize, g: &Graph, kinds: &[Kind], rounds: &Rounds, ceilings: &Ceilings) -> Table {
-    let (machine, n) = (if rounds.busy { "busy" } else { "quiet" }, rounds.blocks.len());
-    let title =
-        format!("{name}, batch {batch}: distinct ops (outputs <- inputs), median of {n} blocks on a {machine} machine");
+fn table(title: &str, kinds: &Kinds, rounds: &Rounds, ceilings: &Ceilings) -> Table {
+    let (machine, n) = (condition(rounds.busy, 0.0), rounds.blocks.len());
+    let title = format!("{title}: distinct ops (outputs <- inputs), median of {n} blocks on a {machine} machine");
     let mut table = Table::new(title);
-    for (i, kind) in kinds.iter().enumerate() {
+    for (i, kind) in kinds.kinds.iter().enumerate() {
         let seconds = median(&rounds.blocks.iter().map(|b| b[i]).collect::<Vec<_>>());
-        let cost = kind.op.cost(g);
+        let cost = kind.op.cost(kinds.step.graph());
         let bytes = cost.read + cost.written;
         let bound = if ceilings.floor(cost.flops, 0.0) > ceilings.floor(0.0, bytes) { "flops" } else { "bytes" };
         table.row(vec![
@@ -92,7 +138,6 @@ fn distinct(mut g: Graph, config: &Config, control: Val) -> (Graph, Vec<Kind>) {
     }
     (g, kinds)
 }
-
 /// Appends the reverse step and the terms of the bound, which training does not have.
 fn add_sampling(g: &mut Graph, config: &Config, control: Val) {
     let loss = g.steps.iter().find_map(|s| if let Op::HybridLoss(op) = &s.op { Some(op.clone()) } else { None });
@@ -143,10 +188,15 @@ fn fill(step: &mut TrainingStep, seed: u64) -> Result<()> {
     let g = step.graph().clone();
     for (k, v) in g.steps.iter().flat_map(|s| s.op.inputs()).enumerate() {
         let own = matches!(g[v].place, Place::Arena | Place::Fixed(Region::State, _));
-        if own && g[v].dtype == DType::F32 {
-            let mut x = vec![0.0; g.shape(v).len()];
-            rng::fill_normal(&mut x, seed, 0, k as u32, rng::op::PARAM_INIT);
+        if !own || !matches!(g[v].dtype, DType::F32 | DType::Bf16) {
+            continue;
+        }
+        let mut x = vec![0.0; g.shape(v).len()];
+        rng::fill_normal(&mut x, seed, 0, k as u32, rng::op::PARAM_INIT);
+        if g[v].dtype == DType::F32 {
             step.device.write(step.id, v, &x)?;
+        } else {
+            step.device.write(step.id, v, &x.into_iter().map(bf16::from_f32).collect::<Vec<_>>())?;
         }
     }
     Ok(())
@@ -176,7 +226,8 @@ impl Rounds {
                 step.run_timed(&mut seconds)?;
                 rounds.push(seconds);
             }
-            let is_quiet = before.foreign(&Load::now()).is_none_or(|f| f <= QUIET);
+            let on_gpu = matches!(step.device, Device::Cuda(_));
+            let is_quiet = on_gpu || before.foreign(&Load::now()).is_none_or(|f| f <= QUIET);
             let of = |i: usize| median(&rounds.iter().map(|s: &Vec<f64>| s[i]).collect::<Vec<_>>());
             let block: Vec<f64> = (0..ops).map(of).collect();
             if is_quiet {

@@ -1,6 +1,7 @@
 //! What a run of the benchmarks leaves: tables for people, and the same rows as JSON with all that decided them.
 
 use super::ceilings::Ceilings;
+use super::gpu::{Clocks, Gpu};
 use super::timing::{Effort, Timing};
 use crate::error::{Error, Result};
 use serde::Serialize;
@@ -43,14 +44,15 @@ impl From<usize> for Cell {
 }
 
 impl From<f64> for Cell {
+    /// What is not finite was not measured.
     fn from(x: f64) -> Self {
-        Cell::Number(x)
+        if x.is_finite() { Cell::Number(x) } else { Cell::None }
     }
 }
 
 impl From<Option<f64>> for Cell {
     fn from(x: Option<f64>) -> Self {
-        x.map_or(Cell::None, Cell::Number)
+        x.map_or(Cell::None, Cell::from)
     }
 }
 
@@ -81,8 +83,17 @@ pub fn timing_cells(t: &Timing) -> Row {
         ("min_ms", (1e3 * t.min).into()),
         ("blocks", t.blocks.into()),
         ("foreign_pct", t.foreign.map(|f| 100.0 * f).into()),
-        ("machine", if t.busy { "busy" } else { "quiet" }.into()),
+        ("machine", condition(t.busy, t.median).into()),
     ]
+}
+
+/// In what state the machine was while a time was taken.
+pub fn condition(busy: bool, seconds: f64) -> &'static str {
+    match (seconds.is_nan(), busy) {
+        (true, _) => "emulated",
+        (false, true) => "busy",
+        (false, false) => "quiet",
+    }
 }
 
 /// Rows under one name; every row has the columns of the first.
@@ -185,8 +196,11 @@ fn flags() -> Vec<&'static str> {
     Vec::new()
 }
 
-/// The commit of the working folder, with "-dirty" if it has changes; "unknown" without git or a repository.
+/// `IDDPM_COMMIT`, or the commit of the working folder, with "-dirty" if it has changes; "unknown" without git or a repository.
 fn commit() -> String {
+    if let Ok(id) = std::env::var("IDDPM_COMMIT") {
+        return id;
+    }
     let git = |args: &[&str]| {
         let out = Command::new("git").args(args).output().ok().filter(|o| o.status.success())?;
         Some(String::from_utf8_lossy(&out.stdout).trim().to_string())
@@ -237,7 +251,10 @@ impl Record {
             machine.system,
             machine.flags.join(" ")
         );
-        if let Some(c) = ceilings {
+        if ceilings.is_some_and(|c| !c.known()) {
+            println!("emulated: no times; what is shown are counts");
+        }
+        if let Some(c) = ceilings.filter(|c| c.known()) {
             println!(
                 "ceilings measured now: {:.0} GFLOP/s ({} multiply-adds), {:.1} GB/s (copy, read + written){}",
                 c.gflops,
@@ -258,6 +275,32 @@ impl Record {
     pub fn add(&mut self, table: Table) {
         println!("\n{table}");
         self.tables.push(table);
+    }
+
+    /// Prints and keeps what the GPU is, if there is one.
+    pub fn gpu(&mut self, gpu: Option<&Gpu>) {
+        let Some(g) = gpu else { return };
+        if g.emulated {
+            println!("{}", g.name);
+        } else {
+            let (name, capability, driver, count) = (&g.name, &g.compute_capability, &g.driver, g.multiprocessors);
+            println!("{name}, compute capability {capability}, {count} multiprocessors, driver of CUDA {driver}");
+        }
+        self.set("gpu", g);
+    }
+
+    /// Prints and keeps how the GPU ran, if that is known.
+    pub fn clocks(&mut self, clocks: Option<&Clocks>) {
+        let Some(c) = clocks else { return };
+        let (sm, power, temperature) = (c.sm_mhz, c.power_w, c.temperature_c);
+        println!(
+            "\nclock of the multiprocessors {:.0} to {:.0} MHz, median {:.0}; up to {:.0} W, {:.0} degrees; reasons {}",
+            sm.min, sm.max, sm.median, power.max, temperature.max, c.reasons
+        );
+        if let Some(warning) = c.warning() {
+            println!("{warning}");
+        }
+        self.set("clocks", c);
     }
 
     /// Keeps a fact about the run.

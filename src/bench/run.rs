@@ -1,11 +1,12 @@
-//! What is measured: a training step or a sampler bound to a device, with weights that are all random.
+//! What is measured: a training step bound to a device, with weights that are all random.
 
 use super::configs;
+use super::load::peak_memory;
 use crate::config::Config;
 use crate::data::Dataset;
 use crate::device::{Device, Plan, PlanId};
 use crate::error::Result;
-use crate::graph::{Graph, Region, Val};
+use crate::graph::{DType, Graph, Region, Val};
 use crate::ops::Control;
 use crate::rng;
 use crate::train::{self, plan::TrainVals};
@@ -25,6 +26,48 @@ pub fn weights(params: &Params, seed: u64) -> Vec<f32> {
 /// Opens a device of the kind that is measured; each measurement has one of its own.
 pub type Open<'a> = &'a dyn Fn() -> Result<Device>;
 
+/// What a measurement takes from its device.
+#[derive(Clone, Copy, Debug)]
+pub struct Memory {
+    /// Bytes of the plan: weights, averages, gradients, moments, data, inputs, state and arena.
+    pub planned: usize,
+    /// Bytes that were free on the GPU before; None on the processor.
+    free_before: Option<usize>,
+}
+
+impl Memory {
+    /// Of `plan` on a device on which nothing of it is yet.
+    ///
+    /// # Errors
+    /// When the device does not answer.
+    pub fn of(plan: &Plan, device: &Device) -> Result<Self> {
+        Ok(Memory { planned: plan.bytes(), free_before: free(device)? })
+    }
+
+    /// Bytes held now: on a GPU what is no longer free, on the processor the most the process has held.
+    ///
+    /// # Errors
+    /// When the device does not answer.
+    pub fn used(&self, device: &Device) -> Result<Option<u64>> {
+        Ok(match (self.free_before, free(device)?) {
+            (Some(before), Some(now)) => Some(before.saturating_sub(now) as u64),
+            _ => peak_memory(),
+        })
+    }
+}
+
+fn free(device: &Device) -> Result<Option<usize>> {
+    match device {
+        Device::Cpu(_) => Ok(None),
+        Device::Cuda(gpu) => gpu.driver().info().map(|info| Some(info.free_bytes)),
+    }
+}
+
+/// Numbers that the network of `g` computes with.
+pub fn precision(g: &Graph) -> &'static str {
+    if g.values.iter().any(|v| v.dtype == DType::Bf16) { "bf16" } else { "f32" }
+}
+
 /// A training step of a configuration, ready to run again and again.
 pub struct TrainingStep {
     /// Where it runs.
@@ -33,8 +76,8 @@ pub struct TrainingStep {
     pub id: PlanId,
     /// What steers it.
     pub vals: TrainVals,
-    /// Bytes planned for it.
-    pub planned: usize,
+    /// What it takes.
+    pub memory: Memory,
     config: Config,
     steps: u32,
 }
@@ -48,7 +91,9 @@ impl TrainingStep {
         let images = configs::images(config)?;
         let device = open()?;
         let (plan, vals, params) = train::plan_of(config, images.n, true, device.target())?;
-        Self::bind(config, &images, plan, vals, &params, device)
+        let mut step = Self::bind(config, &images, plan, vals, &params, device)?;
+        step.device.capture(step.id)?;
+        Ok(step)
     }
 
     /// Binds to `device` a `plan`, which may be another list over the values of a training step, and fills its inputs.
@@ -64,7 +109,7 @@ impl TrainingStep {
         mut device: Device,
     ) -> Result<Self> {
         train::memory::check(config, &device, &plan)?;
-        let planned = plan.bytes();
+        let memory = Memory::of(&plan, &device)?;
         let id = device.bind(plan)?;
         device.write_region(Region::Data, &images.pixels)?;
         let flat = weights(params, config.train.seed);
@@ -75,7 +120,7 @@ impl TrainingStep {
         if let (Some(v), Some(labels)) = (vals.labels, &images.labels) {
             device.write(id, v, &labels[..config.train.batch_size])?;
         }
-        Ok(TrainingStep { device, id, vals, planned, config: config.clone(), steps: 0 })
+        Ok(TrainingStep { device, id, vals, memory, config: config.clone(), steps: 0 })
     }
 
     /// The recorded list.
@@ -98,14 +143,13 @@ impl TrainingStep {
         self.device.write(self.id, self.vals.control, &[control])
     }
 
-    /// One training step.
+    /// One training step; on a GPU it is started, not waited for.
     ///
     /// # Errors
     /// Those of the device.
     pub fn run(&mut self) -> Result<()> {
         self.control()?;
-        self.device.run(self.id)?;
-        self.device.sync()
+        self.device.run(self.id)
     }
 
     /// One training step whose ops add their times to `seconds`.

@@ -3,44 +3,81 @@
 //! A comparison starts one process per side and asks them in turn for blocks, so that both are timed within the same
 //! seconds. The process prints a line of JSON when it is ready, one per line it reads from its input, and ends with it.
 
+use super::ceilings::Ceilings;
 use super::configs::Named;
-use super::run::{Open, TrainingStep, threads};
-use super::sample::{KINDS, WALK, Walks};
-use super::timing::{Block, calls_per_block};
+use super::run::{Memory, Open, TrainingStep, precision, threads};
+use super::sample::{KINDS, ReverseStep};
+use super::step::floor;
+use super::timing::{Block, Clock, Effort, calls_per_block};
 use crate::data::{self, DataSpec};
+use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::graph::Graph;
 use crate::train::Trainer;
 use crate::train::log::Meter;
 use crate::unet::Params;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::io::BufRead;
+
+/// What is run again and again.
+enum Work {
+    Training(Box<TrainingStep>),
+    Sampling(Box<ReverseStep>),
+}
+
+impl Work {
+    fn new(named: &Named, sampler: Option<&str>, open: Open) -> Result<Self> {
+        let Some(name) = sampler else {
+            return Ok(Work::Training(Box::new(TrainingStep::new(&named.config, open)?)));
+        };
+        let kind = KINDS.iter().find(|(kind, _)| *kind == name);
+        let unknown = || Error::Config(format!("--sampler {name}: no such sampler; there are ancestral, ddim"));
+        let reverse = kind.ok_or_else(unknown)?.1;
+        let step = ReverseStep::new(&named.config, reverse, named.config.train.batch_size, open)?;
+        Ok(Work::Sampling(Box::new(step)))
+    }
+
+    fn run(&mut self) -> Result<()> {
+        match self {
+            Work::Training(step) => step.run(),
+            Work::Sampling(step) => step.run(),
+        }
+    }
+
+    /// Where it runs, what it runs, what it takes.
+    fn parts(&self) -> (&Device, &Graph, &Memory) {
+        match self {
+            Work::Training(step) => (&step.device, step.graph(), &step.memory),
+            Work::Sampling(step) => (&step.device, step.graph(), &step.memory),
+        }
+    }
+
+    /// The first line: that the step runs, what it is, its floor at the ceilings measured just now, its memory.
+    fn head(&self, named: &Named) -> Result<Value> {
+        let (device, graph, memory) = self.parts();
+        let ceilings = Ceilings::measure(device, &Effort { block_s: 0.1, blocks: 3, limit_s: 2.0 })?;
+        Ok(json!({
+            "ready": true, "params": Params::new(&named.config.model).count(), "batch": named.config.train.batch_size,
+            "threads": threads(device), "precision": precision(graph), "floor_ms": 1e3 * floor(graph, &ceilings),
+            "ceilings": { "gflops": ceilings.gflops, "gb_s": ceilings.gb_s, "instructions": ceilings.instructions },
+            "planned_bytes": memory.planned, "used_bytes": memory.used(device)?,
+        }))
+    }
+}
 
 /// Answers every line of the input with a block of training steps, or of reverse steps if a sampler is named.
 ///
 /// # Errors
 /// A sampler of no known name, memory that cannot be had, an input that cannot be read.
 pub fn serve(named: &Named, sampler: Option<&str>, open: Open, block_s: f64) -> Result<()> {
-    let params = Params::new(&named.config.model).count();
-    let batch = named.config.train.batch_size;
-    let (parts, mut run): (usize, Box<dyn FnMut() -> Result<()>>) = match sampler {
-        None => {
-            let mut step = TrainingStep::new(&named.config, open)?;
-            (1, Box::new(move || step.run()))
-        }
-        Some(name) => {
-            let kind = KINDS.iter().find(|(kind, _)| *kind == name);
-            let known = || Error::Config(format!("--sampler {name}: no such sampler; there are ancestral, ddim"));
-            let mut walks = Walks::new(&named.config, kind.ok_or_else(known)?.1, batch, open)?;
-            (WALK, Box::new(move || walks.run()))
-        }
-    };
-    let calls = calls_per_block(block_s, &mut run)?;
-    let threads = threads(&open()?);
-    println!("{}", json!({ "ready": true, "params": params, "batch": batch, "threads": threads }));
+    let mut work = Work::new(named, sampler, open)?;
+    let clock = Clock::of(work.parts().0);
+    let calls = calls_per_block(&clock, block_s, || work.run())?;
+    println!("{}", work.head(named)?);
     for line in std::io::stdin().lock().lines() {
         line.map_err(Error::io("standard input", "read"))?;
-        let block = Block::take(calls, &mut run)?;
-        println!("{}", json!({ "s": block.seconds / parts as f64, "calls": calls * parts, "foreign": block.foreign }));
+        let block = Block::take(&clock, calls, || work.run())?;
+        println!("{}", json!({ "s": block.seconds, "calls": calls, "foreign": block.foreign }));
     }
     Ok(())
 }
@@ -61,6 +98,12 @@ pub fn curve(named: &Named, open: Open, steps: usize) -> Result<()> {
         }
         losses.push(meter.mean(None).map(|t| t.loss));
     }
-    println!("{}", json!({ "losses": losses, "lr": named.config.train.lr, "batch": named.config.train.batch_size }));
+    println!(
+        "{}",
+        json!({
+            "losses": losses, "lr": named.config.train.lr, "batch": named.config.train.batch_size,
+            "precision": precision(&trainer.plan().graph),
+        })
+    );
     Ok(())
 }

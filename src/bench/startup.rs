@@ -8,6 +8,7 @@ use super::load::peak_memory;
 use super::record::{Record, Table};
 use super::run::{Open, TrainingStep};
 use super::timing::{Effort, median};
+use crate::device::Device;
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::process::{Command, Stdio};
@@ -24,9 +25,11 @@ pub struct FirstStep {
     pub second_s: f64,
     /// Bytes of the plan: weights, averages, gradients, moments, data, inputs, state and arena.
     pub planned: u64,
-    /// Most memory held before the plan was made.
+    /// Bytes of the device held after two steps; on the processor those the process took meanwhile.
+    pub used: Option<u64>,
+    /// Most memory the process held before the plan was made.
     pub before: Option<u64>,
-    /// Most memory held after two steps.
+    /// Most memory the process held after two steps.
     pub peak: Option<u64>,
 }
 
@@ -41,11 +44,16 @@ pub fn child(named: &Named, open: Open) -> Result<()> {
     let build_s = start.elapsed().as_secs_f64();
     let mut timed = || {
         let start = Instant::now();
-        run.run().map(|()| start.elapsed().as_secs_f64())
+        run.run()?;
+        run.device.sync().map(|()| start.elapsed().as_secs_f64())
     };
     let (first_s, second_s) = (timed()?, timed()?);
-    let planned = run.planned as u64;
-    let report = FirstStep { build_s, first_s, second_s, planned, before, peak: peak_memory() };
+    let (planned, peak) = (run.memory.planned as u64, peak_memory());
+    let used = match &run.device {
+        Device::Cpu(_) => peak.zip(before).map(|(peak, before)| peak.saturating_sub(before)),
+        Device::Cuda(_) => run.memory.used(&run.device)?,
+    };
+    let report = FirstStep { build_s, first_s, second_s, planned, used, before, peak };
     println!("{}", serde_json::to_string(&report).expect("numbers"));
     Ok(())
 }
@@ -69,11 +77,12 @@ fn spawn(named: &Named, batch: usize, flags: &[String]) -> Result<(FirstStep, f6
     }
 }
 
-/// Measures the seconds from process start to the first step.
+/// Measures the seconds from process start to the first step; with `emulated` they are not shown, for they say nothing.
 ///
 /// # Errors
 /// A child process that fails.
-pub fn startup(record: &mut Record, list: &[Named], flags: &[String], effort: &Effort) -> Result<()> {
+pub fn startup(record: &mut Record, list: &[Named], flags: &[String], effort: &Effort, emulated: bool) -> Result<()> {
+    let ms = |seconds: f64| if emulated { f64::NAN } else { 1e3 * seconds };
     let mut table = Table::new("from the start of the process to the end of the first training step, medians");
     for named in list {
         eprintln!("{}: starting", named.name);
@@ -85,11 +94,11 @@ pub fn startup(record: &mut Record, list: &[Named], flags: &[String], effort: &E
         table.row(vec![
             ("config", named.name.as_str().into()),
             ("batch", batch.into()),
-            ("first_step_done_ms", (1e3 * median(&total)).into()),
-            ("slowest_ms", (1e3 * total.iter().copied().fold(0.0, f64::max)).into()),
-            ("build_ms", (1e3 * of(|r| r.build_s)).into()),
-            ("first_step_ms", (1e3 * of(|r| r.first_s)).into()),
-            ("second_step_ms", (1e3 * of(|r| r.second_s)).into()),
+            ("first_step_done_ms", ms(median(&total)).into()),
+            ("slowest_ms", ms(total.iter().copied().fold(0.0, f64::max)).into()),
+            ("build_ms", ms(of(|r| r.build_s)).into()),
+            ("first_step_ms", ms(of(|r| r.first_s)).into()),
+            ("second_step_ms", ms(of(|r| r.second_s)).into()),
             ("runs", runs.len().into()),
         ]);
     }
@@ -97,18 +106,18 @@ pub fn startup(record: &mut Record, list: &[Named], flags: &[String], effort: &E
     Ok(())
 }
 
-/// Compares the planned memory with the most that the process held.
+/// Compares the planned memory with what the device gave.
 ///
 /// # Errors
 /// A child process that fails.
 pub fn memory(record: &mut Record, list: &[Named], flags: &[String]) -> Result<()> {
-    let mut table = Table::new("memory of training: planned before step 1, and the most the process held");
+    let mut table = Table::new("memory of training: planned before step 1, and what it took of the device");
     for named in list {
         eprintln!("{}: two steps", named.name);
         let batch = named.config.train.batch_size;
         let (r, _) = spawn(named, batch, flags)?;
         let mb = |bytes: u64| bytes as f64 / 1e6;
-        let used = r.peak.zip(r.before).map(|(peak, before)| mb(peak.saturating_sub(before)));
+        let used = r.used.map(mb);
         table.row(vec![
             ("config", named.name.as_str().into()),
             ("batch", batch.into()),

@@ -3,8 +3,8 @@
 use super::ceilings::Ceilings;
 use super::configs::Named;
 use super::record::{Record, Row, Table, timing_cells};
-use super::run::{Open, TrainingStep, describe};
-use super::timing::{Effort, measure};
+use super::run::{Open, TrainingStep, describe, precision};
+use super::timing::{Clock, Effort, measure};
 use crate::error::{Error, Result};
 use crate::graph::Graph;
 use crate::ops::{Cost, Operation};
@@ -22,7 +22,7 @@ pub fn step(record: &mut Record, list: &[Named], open: Open, effort: &Effort, ce
     for Named { name, config } in list {
         eprintln!("{name}: {}, batch {}", describe(config), config.train.batch_size);
         let mut run = TrainingStep::new(config, open)?;
-        let timing = measure(effort, || run.run())?;
+        let timing = measure(&Clock::of(&run.device), effort, || run.run())?;
         let loss = run.loss()?;
         if !loss.is_finite() {
             return Err(Error::NonFinite(format!("{name}: the loss is {loss} after the measurement")));
@@ -33,6 +33,7 @@ pub fn step(record: &mut Record, list: &[Named], open: Open, effort: &Effort, ce
         let mut row: Row = vec![
             ("config", name.as_str().into()),
             ("batch", batch.into()),
+            ("precision", precision(run.graph()).into()),
             ("params", Params::new(&config.model).count().into()),
             ("gflop", (cost.flops / 1e9).into()),
             ("ms", (1e3 * timing.median).into()),
@@ -56,9 +57,12 @@ pub fn floor(g: &Graph, ceilings: &Ceilings) -> f64 {
     g.steps.iter().map(|s| s.op.cost(g)).map(|c| ceilings.floor(c.flops, c.read + c.written)).sum()
 }
 
-/// Seconds of each step of the list, mean over the runs that fit the effort's limit.
+/// Seconds of each step of the list, mean over the runs that fit the effort's limit; NaN where there is no clock.
 fn op_seconds(run: &mut TrainingStep, effort: &Effort) -> Result<Vec<f64>> {
     let mut seconds = vec![0.0; run.graph().steps.len()];
+    if let Clock::None = Clock::of(&run.device) {
+        return Ok(vec![f64::NAN; seconds.len()]);
+    }
     let (begin, mut runs) = (Instant::now(), 0);
     while runs == 0 || begin.elapsed().as_secs_f64() < effort.block_s * effort.blocks.min(4) as f64 {
         run.run_timed(&mut seconds)?;
@@ -87,6 +91,8 @@ fn op_table(name: &str, g: &Graph, seconds: &[f64], ceilings: &Ceilings) -> Tabl
             ("count", count.into()),
             ("ms", (1e3 * s).into()),
             ("share_pct", (100.0 * s / total).into()),
+            ("gflop", (cost.flops / 1e9).into()),
+            ("mb", ((cost.read + cost.written) / 1e6).into()),
             ("gflop_s", (cost.flops / s / 1e9).into()),
             ("gb_s", ((cost.read + cost.written) / s / 1e9).into()),
             ("floor_ms", (1e3 * floor).into()),

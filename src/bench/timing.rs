@@ -1,6 +1,11 @@
 //! How a time is taken: warm-up, then blocks of equal numbers of calls until enough of them ran on a quiet machine.
+//!
+//! A processor's work is timed by its clock, a GPU's by events before and after a block, so that the host may run ahead. The
+//! times of an emulated GPU say nothing: they are NaN, which tables show as "-" and records as null.
 
 use super::load::{Load, QUIET};
+use crate::device::Device;
+use crate::device::driver::Driver;
 use crate::error::Result;
 use serde::Serialize;
 use std::time::Instant;
@@ -19,6 +24,47 @@ pub struct Effort {
 impl Default for Effort {
     fn default() -> Self {
         Effort { block_s: 0.25, blocks: 9, limit_s: 12.0 }
+    }
+}
+
+/// Who says how long work took.
+#[derive(Clone)]
+pub enum Clock {
+    /// The processor's clock, from the start of a call to its end.
+    Wall,
+    /// Events on a GPU, before and after what a call started there.
+    Events(Driver),
+    /// Nobody: the GPU is emulated, every time is NaN.
+    None,
+}
+
+impl Clock {
+    /// The one that suits `device`.
+    pub fn of(device: &Device) -> Self {
+        match device {
+            Device::Cpu(_) => Clock::Wall,
+            Device::Cuda(gpu) if gpu.driver().is_emulated() => Clock::None,
+            Device::Cuda(gpu) => Clock::Events(gpu.driver().clone()),
+        }
+    }
+
+    /// Seconds of what `f` does or starts.
+    ///
+    /// # Errors
+    /// Those of `f` and of the driver.
+    pub fn time(&self, f: impl FnOnce() -> Result<()>) -> Result<f64> {
+        match self {
+            Clock::Wall => {
+                let start = Instant::now();
+                f().map(|()| start.elapsed().as_secs_f64())
+            }
+            Clock::Events(driver) => {
+                let start = driver.record()?;
+                f()?;
+                Ok(driver.record()?.elapsed_ms(&start)? * 1e-3)
+            }
+            Clock::None => f().map(|()| f64::NAN),
+        }
     }
 }
 
@@ -61,17 +107,15 @@ impl Block {
         self.foreign.is_none_or(|f| f <= QUIET)
     }
 
-    /// Calls `f` as often as given and takes the time.
+    /// Calls `f` as often as given and takes the time. Who else uses the processor counts where the processor is measured.
     ///
     /// # Errors
     /// Those of `f`.
-    pub fn take(calls: usize, mut f: impl FnMut() -> Result<()>) -> Result<Self> {
-        let (before, start) = (Load::now(), Instant::now());
-        for _ in 0..calls {
-            f()?;
-        }
-        let seconds = start.elapsed().as_secs_f64() / calls as f64;
-        Ok(Block { seconds, calls, foreign: before.foreign(&Load::now()) })
+    pub fn take(clock: &Clock, calls: usize, mut f: impl FnMut() -> Result<()>) -> Result<Self> {
+        let before = Load::now();
+        let seconds = clock.time(|| (0..calls).try_for_each(|_| f()))? / calls as f64;
+        let foreign = if let Clock::Wall = clock { before.foreign(&Load::now()) } else { None };
+        Ok(Block { seconds, calls, foreign })
     }
 }
 
@@ -79,16 +123,12 @@ impl Block {
 ///
 /// # Errors
 /// Those of `f`.
-pub fn calls_per_block(block_s: f64, mut f: impl FnMut() -> Result<()>) -> Result<usize> {
-    let mut once = || {
-        let start = Instant::now();
-        f().map(|()| start.elapsed().as_secs_f64())
-    };
-    let first = once()?;
-    if first >= block_s {
+pub fn calls_per_block(clock: &Clock, block_s: f64, mut f: impl FnMut() -> Result<()>) -> Result<usize> {
+    let first = clock.time(&mut f)?;
+    if first.is_nan() || first >= block_s {
         return Ok(1);
     }
-    Ok(((block_s / once()?.max(1e-9)).ceil() as usize).max(1))
+    Ok(((block_s / clock.time(&mut f)?.max(1e-9)).ceil() as usize).max(1))
 }
 
 impl Timing {
@@ -102,12 +142,6 @@ impl Timing {
         Timing { median: seconds, min: seconds, max: seconds, blocks: 1, calls: 1, foreign: None, busy: false }
     }
 
-    /// The time of one of the `n` equal parts that a call consisted of.
-    pub fn per(&self, n: usize) -> Self {
-        let n = n as f64;
-        Timing { median: self.median / n, min: self.min / n, max: self.max / n, ..*self }
-    }
-
     fn of(blocks: &[Block]) -> Self {
         let quiet: Vec<Block> = blocks.iter().copied().filter(Block::quiet).collect();
         let busy = quiet.len() < FEWEST;
@@ -116,8 +150,8 @@ impl Timing {
         let foreign: Vec<f64> = used.iter().filter_map(|b| b.foreign).collect();
         Timing {
             median: median(&seconds),
-            min: seconds.iter().copied().fold(f64::INFINITY, f64::min),
-            max: seconds.iter().copied().fold(0.0, f64::max),
+            min: seconds.iter().copied().reduce(f64::min).unwrap_or(f64::NAN),
+            max: seconds.iter().copied().reduce(f64::max).unwrap_or(f64::NAN),
             blocks: used.len(),
             calls: used[0].calls,
             foreign: (!foreign.is_empty()).then(|| median(&foreign)),
@@ -138,15 +172,19 @@ pub fn median(x: &[f64]) -> f64 {
 
 /// Times `f` after a call that is not counted.
 ///
-/// Blocks are taken until `effort.blocks` of them were quiet, at most `effort.limit_s` seconds, and at least [`FEWEST`].
+/// Blocks are taken until `effort.blocks` of them were quiet, at most `effort.limit_s` seconds, and at least [`FEWEST`]; one where
+/// there is no clock.
 ///
 /// # Errors
 /// Those of `f`.
-pub fn measure(effort: &Effort, mut f: impl FnMut() -> Result<()>) -> Result<Timing> {
-    let calls = calls_per_block(effort.block_s, &mut f)?;
+pub fn measure(clock: &Clock, effort: &Effort, mut f: impl FnMut() -> Result<()>) -> Result<Timing> {
+    let calls = calls_per_block(clock, effort.block_s, &mut f)?;
+    if let Clock::None = clock {
+        return Ok(Timing::of(&[Block::take(clock, calls, f)?]));
+    }
     let (begin, mut blocks, mut quiet) = (Instant::now(), Vec::new(), 0);
     while quiet < effort.blocks.max(1) && (blocks.len() < FEWEST || begin.elapsed().as_secs_f64() < effort.limit_s) {
-        let block = Block::take(calls, &mut f)?;
+        let block = Block::take(clock, calls, &mut f)?;
         quiet += usize::from(block.quiet());
         blocks.push(block);
     }
@@ -179,12 +217,23 @@ mod tests {
     fn a_block_has_as_many_calls_as_fill_it() {
         let mut calls = 0;
         let effort = Effort { block_s: 0.02, blocks: 3, limit_s: 0.2 };
-        let t = measure(&effort, || {
+        let t = measure(&Clock::Wall, &effort, || {
             calls += 1;
             std::thread::sleep(std::time::Duration::from_millis(2));
             Ok(())
         })
         .unwrap();
         assert!(t.median >= 0.002 && t.calls >= 2 && calls >= 2 + FEWEST * t.calls, "{t:?} after {calls} calls");
+    }
+
+    #[test]
+    fn without_a_clock_no_time_is_a_number() {
+        let mut calls = 0;
+        let t = measure(&Clock::None, &Effort::default(), || {
+            calls += 1;
+            Ok(())
+        });
+        let t = t.unwrap();
+        assert!(t.median.is_nan() && t.min.is_nan() && t.max.is_nan() && t.spread().is_nan() && calls == 2, "{t:?}");
     }
 }

@@ -1,11 +1,13 @@
 //! `iddpm bench`: measurements, each in [`crate::bench`].
 
 use super::Global;
+use super::device::DeviceKind;
 use crate::bench::ceilings::Ceilings;
 use crate::bench::configs::{self, Named};
+use crate::bench::gpu::{Gpu, Watch};
 use crate::bench::record::Record;
 use crate::bench::timing::Effort;
-use crate::bench::{kernels, run, sample, serve, startup, step};
+use crate::bench::{kernels, probes, run, sample, serve, startup, step};
 use crate::error::{Error, Result};
 use clap::{Args, Subcommand};
 use std::collections::BTreeMap;
@@ -31,6 +33,15 @@ pub enum BenchCommand {
         /// Pictures made at the same time
         #[arg(long, value_delimiter = ',', default_values_t = [1, 16, 64, 128])]
         batches: Vec<usize>,
+    },
+    /// What the device does at most; on a GPU also caches, gaps of a graph, cost of a tile, clock under load
+    #[command(after_help = "Example:\n  iddpm bench ceilings --device cuda --json ceilings.json")]
+    Ceilings {
+        #[command(flatten)]
+        bench: BenchArgs,
+        /// Seconds of matrix products without a pause, on a GPU
+        #[arg(long, default_value_t = 10.0)]
+        sustained_seconds: f64,
     },
     /// From the start of the process to its first training step
     #[command(after_help = "Example:\n  iddpm bench startup --config digits")]
@@ -64,7 +75,8 @@ pub enum BenchCommand {
 /// Flags of every measurement.
 #[derive(Args, Clone, Debug)]
 pub struct BenchArgs {
-    /// Configurations: t1 to t4 (small), presets, or `all` [default: t1,t2,t3,t4; kernels and sample: t1]
+    /// Configurations: t0 to t4 (small), tiny, presets, or `all` [default: t1 to t4, on a GPU cifar10,imagenet64,tiny, on
+    /// the emulator t0; kernels and sample: the first of these]
     #[arg(long, value_delimiter = ',', value_name = "NAMES")]
     config: Vec<String>,
     /// Images per step [default: that of the configuration]
@@ -125,6 +137,7 @@ pub fn main(command: &BenchCommand, global: &Global) -> Result<()> {
         BenchCommand::Step(a) => ("step", a),
         BenchCommand::Kernels(a) => ("kernels", a),
         BenchCommand::Sample { bench, .. } => ("sample", bench),
+        BenchCommand::Ceilings { bench, .. } => ("ceilings", bench),
         BenchCommand::Startup(a) => ("startup", a),
         BenchCommand::Memory(a) => ("memory", a),
         BenchCommand::FirstStep(a) => return startup::child(&a.one()?, &open),
@@ -133,31 +146,45 @@ pub fn main(command: &BenchCommand, global: &Global) -> Result<()> {
         }
         BenchCommand::Curve { bench, steps } => return serve::curve(&bench.one()?, &open, *steps),
     };
+    let device = open()?;
+    let gpu = Gpu::of(&device)?;
+    let all: &[&str] = match &gpu {
+        None => &SMALL,
+        Some(gpu) if gpu.emulated => &["t0"],
+        Some(_) => &["cifar10", "imagenet64", "tiny"],
+    };
     let one = matches!(command, BenchCommand::Kernels(_) | BenchCommand::Sample { .. });
-    let (list, effort) = (args.configs(if one { &SMALL[..1] } else { &SMALL })?, args.effort()?);
+    let (list, effort) = (args.configs(if one { &all[..1] } else { all })?, args.effort()?);
     if let Some(path) = &args.json {
         // Before minutes of measuring, not after.
         File::options().create(true).append(true).open(path).map_err(Error::io(path, "write"))?;
     }
-    let device = open()?;
     let kind = global.device.kind().to_string();
     let mut flags = global.device.given();
     flags.extend(global.threads.map(|n| format!("--threads={n}")));
     // Seconds and bytes of a process are compared with nothing that the machine could do at most.
     let whole = matches!(command, BenchCommand::Startup(_) | BenchCommand::Memory(_));
     let short = Effort { limit_s: effort.limit_s.min(4.0), ..effort };
+    let ordinal = if let DeviceKind::Cuda(n) = global.device.kind() { n } else { 0 };
+    let watch = Watch::start(&device, ordinal);
     let ceilings = if whole { None } else { Some(Ceilings::measure(&device, &short)?) };
     let mut record = Record::new(name, &kind, run::threads(&device), &effort, ceilings.as_ref());
     let settings: BTreeMap<_, _> = list.iter().map(|n| (n.name.clone(), &n.config)).collect();
     record.set("configurations", settings);
+    record.gpu(gpu.as_ref());
+    let emulated = gpu.is_some_and(|g| g.emulated);
     match (command, &ceilings) {
         (BenchCommand::Step(_), Some(c)) => step::step(&mut record, &list, &open, &effort, c)?,
         (BenchCommand::Kernels(_), Some(c)) => kernels::kernels(&mut record, &list, &open, &effort, c)?,
         (BenchCommand::Sample { batches, .. }, Some(c)) => {
             sample::sample(&mut record, &list, batches, &open, &effort, c)?;
         }
+        (BenchCommand::Ceilings { sustained_seconds, .. }, Some(c)) => {
+            probes::probe(&mut record, &device, c, *sustained_seconds)?;
+        }
         (BenchCommand::Memory(_), _) => startup::memory(&mut record, &list, &flags)?,
-        _ => startup::startup(&mut record, &list, &flags, &effort)?,
+        _ => startup::startup(&mut record, &list, &flags, &effort, emulated)?,
     }
+    record.clocks(watch.and_then(Watch::stop).as_ref());
     args.json.as_ref().map_or(Ok(()), |path| record.save(path))
 }

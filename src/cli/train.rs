@@ -3,12 +3,16 @@
 use super::flags::{self, ModelFlags, TrainFlags};
 use super::images::{self, DataFlags};
 use super::{Global, create_folder, reference};
+use crate::bench::ceilings::Ceilings;
+use crate::bench::step;
+use crate::bench::timing::Effort;
 use crate::checkpoint::{self, Checkpoint};
 use crate::config::preset::preset;
-use crate::config::{Config, ModelConfig};
+use crate::config::{Config, ModelConfig, Precision};
 use crate::data::{self, Dataset};
 use crate::device::Weights;
 use crate::error::{Error, Result};
+use crate::graph::Target;
 use crate::grid::{self, ToByte};
 use crate::ops::p_sample::Reverse;
 use crate::sampler::{Pictures, SampleSettings, Sampler};
@@ -100,10 +104,29 @@ pub fn main(a: &TrainArgs, g: &Global) -> Result<()> {
     let out = start.out.as_path();
     println!("output    {}\n{}", out.display(), run::describe(&trainer));
     let mut preview = Preview::default();
-    let options = a.options(out, trainer.config.train.steps);
+    let options = Options { floor_s: ceiling(&trainer)?, ..a.options(out, trainer.config.train.steps) };
     run::run(&mut trainer, &options, &mut |t, path| preview.write(t, path))?;
     println!("output    {}", out.display());
     Ok(())
+}
+
+/// Least seconds of a step in bf16 on a GPU: each op at the rates of products and of copies that are measured now. None elsewhere.
+fn ceiling(t: &Trainer) -> Result<Option<f64>> {
+    let graph = &t.plan().graph;
+    if t.device.is_emulated() || graph.target != Target::Cuda(Precision::Bf16) {
+        return Ok(None);
+    }
+    let c = Ceilings::measure(&t.device, &Effort::default())?;
+    let floor = step::floor(graph, &c);
+    println!(
+        "ceiling   {:.2} ms per step, {:.0} images/s: {:.0} TFLOP/s ({}), {:.2} TB/s copied, measured now",
+        1e3 * floor,
+        t.config.train.batch_size as f64 / floor,
+        c.gflops / 1e3,
+        c.instructions,
+        c.gb_s / 1e3
+    );
+    Ok(Some(floor))
 }
 
 /// Trains a model of super-resolution.
@@ -213,6 +236,7 @@ impl TrainArgs {
             keep: self.keep.into(),
             tensorboard: self.tensorboard,
             time_limit: self.minutes,
+            floor_s: None,
             saved: self.reference_files.then_some(reference::files::write),
         }
     }

@@ -228,7 +228,7 @@ impl Device {
         Ok(())
     }
 
-    /// Runs the list once and adds each step's seconds to `seconds` (one entry per step).
+    /// Runs the list once and adds each step's seconds to `seconds` (one entry per step). A captured plan runs once more, untimed, before.
     pub fn run_timed(&mut self, id: PlanId, seconds: &mut [f64]) -> Result<()> {
         match self {
             Device::Cpu(d) => d.run_timed(id, seconds),

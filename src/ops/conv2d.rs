@@ -85,7 +85,8 @@ impl ConvShape {
         assert!(self.k == 1 || self.k == 3, "conv2d: kernel size {} is neither 1 nor 3", self.k);
         assert!(self.stride == 1 || self.stride == 2, "conv2d: stride {} is neither 1 nor 2", self.stride);
         assert!(!self.upsample || (self.k == 3 && self.stride == 1), "conv2d: upsampling needs a 3x3 of stride 1");
-        let behind = self.pad == 0 && self.k == 3 && self.stride == 2 && self.h % 2 == 0 && self.w % 2 == 0;
+        let behind =
+            self.pad == 0 && self.k == 3 && self.stride == 2 && self.h.is_multiple_of(2) && self.w.is_multiple_of(2);
         assert!(self.pad == self.k / 2 || behind, "conv2d: padding {} of {self:?}", self.pad);
         let sizes = [self.n, self.h, self.w, self.ca, self.oc];
         assert!(sizes.iter().all(|&size| size > 0), "conv2d: a size is 0 in {self:?}");

@@ -224,7 +224,8 @@ impl Operation for LinearBackwardWeight {
         vec![self.dy, self.x]
     }
     fn cost(&self, g: &Graph) -> Cost {
-        Cost::of(self, g, flops(sizes(g, self.x, self.dw)))
+        let all = Cost::of(self, g, flops(sizes(g, self.x, self.dw)));
+        Cost { read: all.read + if self.accumulate { all.written } else { 0.0 }, ..all }
     }
     fn scratch(&self, g: &Graph) -> usize {
         let (n, c, oc) = sizes(g, self.x, self.dw);

@@ -26,7 +26,7 @@ pub mod upsample;
 pub mod vb_terms;
 pub mod view;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::graph::{DType, Graph, Source, Val};
 use launch::Launcher;
 use std::cell::Cell;
@@ -50,6 +50,11 @@ impl Cost {
         let bytes = |vals: Vec<Val>| vals.into_iter().map(|v| g[v].bytes() as f64).sum();
         Cost { flops, read: bytes(op.inputs()), written: bytes(op.outputs()) }
     }
+}
+
+/// Bytes of a matrix outside the `columns` columns of it that an op touches.
+pub fn other_columns(g: &Graph, rows: Option<(Val, usize)>, columns: usize) -> f64 {
+    rows.map_or(0, |(v, _)| (g.shape(v).c - columns) * g.shape(v).n * g[v].dtype.bytes()) as f64
 }
 
 impl std::iter::Sum for Cost {
@@ -79,10 +84,8 @@ pub trait Operation {
     /// The device memory that belongs to the step on CUDA, as its first run finds it: tables, counters at rest.
     ///
     /// # Errors
-    /// [`Error::Device`] when the op has no kernel, or none for these shapes.
-    fn prepare_cuda(&self, _g: &Graph) -> Result<Vec<u8>> {
-        Err(no_kernel())
-    }
+    /// [`Error::Device`](crate::error::Error::Device) when no kernel covers these shapes and types.
+    fn prepare_cuda(&self, g: &Graph) -> Result<Vec<u8>>;
     /// Bytes of scratch memory that the op's kernels need while they run.
     fn workspace(&self, _g: &Graph) -> usize {
         0
@@ -90,14 +93,8 @@ pub trait Operation {
     /// Starts the op's kernels.
     ///
     /// # Errors
-    /// [`Error::Device`] when a launch is refused.
-    fn launch(&self, _m: &Launcher) -> Result<()> {
-        Err(no_kernel())
-    }
-}
-
-fn no_kernel() -> Error {
-    Error::Device("this op has no CUDA kernel yet; use --device cpu".into())
+    /// [`Error::Device`](crate::error::Error::Device) when a launch is refused.
+    fn launch(&self, m: &Launcher) -> Result<()>;
 }
 
 macro_rules! ops {

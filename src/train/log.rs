@@ -70,6 +70,8 @@ pub struct Line {
     pub images_per_s: f64,
     /// Seconds to the end at that rate.
     pub eta_s: f64,
+    /// The rate in percent of what the device could do at its measured ceilings.
+    pub ceiling_pct: Option<f64>,
 }
 
 impl Line {
@@ -91,6 +93,7 @@ impl Line {
             ("eta_s", self.eta_s),
         ];
         fields.extend(rest.map(|(name, x)| (name.to_string(), json!(x))));
+        fields.extend(self.ceiling_pct.map(|x| ("ceiling_pct".to_string(), json!(x))));
         let fields: Vec<String> = fields.iter().map(|(name, x)| format!("\"{name}\":{x}")).collect();
         format!("{{{}}}", fields.join(","))
     }
@@ -99,8 +102,9 @@ impl Line {
     pub fn text(&self) -> String {
         let mean = self.meter.mean(None).unwrap_or_default();
         let vb = mean.vb * self.diffusion_steps as f64;
+        let ceiling = self.ceiling_pct.map_or(String::new(), |x| format!(" ({x:.0} % of the ceiling)"));
         format!(
-            "loss {:.4}  mse {:.4}  vb {vb:.3} bits/dim  grad {:.3}  {:.1} images/s",
+            "loss {:.4}  mse {:.4}  vb {vb:.3} bits/dim  grad {:.3}  {:.1} images/s{ceiling}",
             mean.loss, mean.mse, self.grad_norm, self.images_per_s
         )
     }
@@ -238,7 +242,19 @@ mod tests {
         meter.add(0, 8, 1.0, Terms { loss: 1.0, mse: 2.0, vb: 0.5 });
         meter.add(7, 8, 2.0, Terms { loss: 3.0, mse: 1.0, vb: 0.25 });
         let (grad_norm, param_norm, lr, images_per_s, eta_s) = (1.5, 30.0, 1e-4, 100.0, 61.0);
-        Line { step, images: 64, meter, diffusion_steps: 8, grad_norm, param_norm, lr, images_per_s, eta_s }
+        let ceiling_pct = (step == 2).then_some(62.5);
+        Line {
+            step,
+            images: 64,
+            meter,
+            diffusion_steps: 8,
+            grad_norm,
+            param_norm,
+            lr,
+            images_per_s,
+            eta_s,
+            ceiling_pct,
+        }
     }
 
     #[test]
@@ -247,6 +263,14 @@ mod tests {
         assert_eq!([&v["loss"], &v["mse"], &v["vb_bpd"]].map(|x| x.as_f64().unwrap()), [3.5, 2.0, 4.0]);
         assert_eq!([&v["loss_q0"], &v["loss_q3"]].map(|x| x.as_f64().unwrap()), [1.0, 6.0]);
         assert!(v.get("loss_q1").is_none());
+    }
+
+    #[test]
+    fn the_ceiling_is_told_where_it_was_measured() {
+        assert!(line(2).text().ends_with("100.0 images/s (62 % of the ceiling)"), "{}", line(2).text());
+        assert!(line(1).text().ends_with("100.0 images/s"));
+        let ceiling = |step| serde_json::from_str::<Value>(&line(step).json()).unwrap().get("ceiling_pct").cloned();
+        assert_eq!((ceiling(2), ceiling(1)), (Some(json!(62.5)), None));
     }
 
     #[test]

@@ -30,6 +30,8 @@ pub struct Options {
     pub time_limit: Option<Duration>,
     /// Write event files for TensorBoard too.
     pub tensorboard: bool,
+    /// Least seconds of a step on this device, if that was measured: the log tells how near training comes.
+    pub floor_s: Option<f64>,
     /// Called with every checkpoint that was written.
     pub saved: Option<fn(&Path) -> Result<()>>,
 }
@@ -130,6 +132,7 @@ fn until_end(
                 lr: report.lr,
                 images_per_s: t.config.train.batch_size as f64 / per_step,
                 eta_s: per_step * (steps - t.step) as f64,
+                ceiling_pct: o.floor_s.map(|floor| 100.0 * floor / per_step),
             })?;
             since = (Instant::now(), t.step);
         }

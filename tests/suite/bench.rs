@@ -70,8 +70,90 @@ fn sampling_gives_pictures_per_second() {
     let r = record("sample", &["--config", "t1", "--batches", "1,2"]);
     assert_eq!(rows(&r, 0).len(), 4);
     for row in rows(&r, 0) {
+        assert!(positive(row, "floor_pct") > 0.0 && row["precision"] == "f32", "{row}");
         let expected = positive(row, "batch") / (positive(row, "ms") * 1e-3 * 250.0);
         assert!((positive(row, "images_s_250") / expected - 1.0).abs() < 1e-9, "{row}");
+    }
+}
+
+/// On the emulator: every part runs, counts are numbers, times are not.
+#[cfg(feature = "emulator")]
+mod emulated {
+    use super::*;
+
+    const EMULATED: [&str; 4] = ["--device", "emulated", "--config", "t0"];
+
+    fn null(row: &Value, columns: &[&str]) {
+        columns.iter().for_each(|c| assert!(row[c].is_null(), "{c}: {row}"));
+    }
+
+    #[test]
+    fn steps_have_floors_and_times_of_nothing() {
+        let r = record("step", &EMULATED);
+        assert_eq!((r["gpu"]["emulated"].as_bool(), r["ceilings"]["gflops"].is_null()), (Some(true), true));
+        let row = &rows(&r, 0)[0];
+        null(row, &["ms", "images_s", "gflop_s", "peak_pct", "floor_ms", "floor_pct", "spread_pct", "min_ms"]);
+        assert_eq!((row["precision"].as_str(), row["machine"].as_str()), (Some("bf16"), Some("emulated")));
+        assert!(positive(row, "gflop") > 0.0 && rows(&r, 1).iter().all(|row| row["ms"].is_null()), "{r}");
+        let r = record("sample", &["--device", "emulated", "--config", "t0", "--batches", "2", "--precision", "f32"]);
+        assert_eq!(rows(&r, 0).len(), 2);
+        rows(&r, 0).iter().for_each(|row| null(row, &["ms", "images_s_50", "floor_ms"]));
+        assert_eq!(rows(&r, 0)[0]["precision"], "f32");
+    }
+
+    #[test]
+    fn kernels_move_about_what_they_declare() {
+        for precision in ["f32", "bf16"] {
+            let r = record("kernels", &[&EMULATED[..], &["--precision", precision]].concat());
+            let ops: Vec<_> = rows(&r, 0).iter().map(|row| row["op"].as_str().unwrap()).collect();
+            for op in ["TimestepEmbedding", "GroupNorm", "Attention", "HybridLoss", "AdamwEma", "PSample", "VbTerms"] {
+                assert!(ops.contains(&op), "{precision}: {op} is not in {ops:?}");
+            }
+            assert!(r["without_kernel"].is_null(), "{precision}: {}", r["without_kernel"]);
+            for row in rows(&r, 0) {
+                assert!(row["kernels"].as_str().is_some_and(|k| !k.is_empty()), "{precision}: {row}");
+                positive(row, "moved_kb");
+            }
+            let adamw = rows(&r, 0).iter().find(|row| row["op"] == "AdamwEma").unwrap();
+            assert!((positive(adamw, "of_declared") - 1.0).abs() < 0.05, "{adamw}");
+        }
+    }
+
+    #[test]
+    fn what_no_ceiling_tells_is_asked() {
+        let r = record("ceilings", &["--device", "emulated"]);
+        let value = |what: &str| {
+            rows(&r, 0).iter().filter(|row| row["what"] == what).map(|row| &row["value"]).collect::<Vec<_>>()
+        };
+        for what in
+            ["copy", "read", "gap between the nodes of a graph", "the same, started early", "fill and drain of a tile"]
+        {
+            assert!(!value(what).is_empty() && value(what).iter().all(|v| v.is_null()), "{what}: {r}");
+        }
+        // The emulator places swizzled chunks by their address, so it needs no base offset.
+        assert_eq!(value("wgmma from a shifted row"), [&Value::from(8), &Value::from(8)]);
+    }
+
+    #[test]
+    fn memory_is_what_the_plan_says() {
+        let r = record("memory", &EMULATED);
+        let of_planned = positive(&rows(&r, 0)[0], "measured_by_planned");
+        // Tables, scratch memory, pages of a step's inputs and a copy of the weights in bf16 are beyond the plan.
+        assert!((1.0..1.5).contains(&of_planned), "{of_planned}");
+        let r = record("startup", &EMULATED);
+        null(&rows(&r, 0)[0], &["first_step_done_ms", "slowest_ms", "build_ms", "first_step_ms", "second_step_ms"]);
+    }
+
+    #[test]
+    fn serve_names_its_precision_and_gives_no_time() {
+        let more = [&["serve"], &EMULATED[..], &SHORT].concat();
+        let mut child = iddpm(&more).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        child.stdin.take().unwrap().write_all(b"\n").unwrap();
+        let out = String::from_utf8(child.wait_with_output().unwrap().stdout).unwrap();
+        let lines: Vec<Value> = out.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+        assert_eq!((lines[0]["precision"].as_str(), lines[0]["params"].as_u64()), (Some("bf16"), Some(197_702)));
+        assert!(lines[0]["used_bytes"].as_u64() >= lines[0]["planned_bytes"].as_u64(), "{out}");
+        assert!(lines.len() == 2 && lines[1]["s"].is_null() && lines[0]["floor_ms"].is_null(), "{out}");
     }
 }
 
@@ -103,6 +185,8 @@ fn serve_answers_every_line_with_a_block() {
         let lines: Vec<Value> = out.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
         assert_eq!(lines.len(), 4, "{out}");
         assert_eq!((lines[0]["ready"].as_bool(), lines[0]["params"].as_u64()), (Some(true), Some(757_030)));
+        assert_eq!(lines[0]["precision"], "f32");
+        assert!(positive(&lines[0], "floor_ms") > 0.0 && positive(&lines[0], "planned_bytes") > 0.0);
         assert!(lines[1..].iter().all(|l| l["s"].as_f64().unwrap() > 0.0), "{out}");
     }
 }

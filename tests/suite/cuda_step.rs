@@ -14,21 +14,22 @@ use iddpm::unet::Params;
 const IMAGES: usize = 11;
 
 /// 4x4 pixels, two levels, attention at the lower, few images: a step that the emulator runs in a quarter of a second.
-fn config() -> Config {
-    let mut c = crate::train::config();
+fn small(mut c: Config) -> Config {
     c.model.image_size = 4;
+    c.model.channel_mult = vec![1, 1];
     c.model.attention_resolutions = vec![2];
-    c.train.batch_size = 3;
     c.train.lr = 1e-4;
+    (c.train.batch_size, c.train.microbatch) = (3, c.train.microbatch.min(2));
     c
+}
+
+fn config() -> Config {
+    small(crate::train::config())
 }
 
 /// Everything that a step can have, at once: labels, dropout, flips, drawn t by loss, two microbatches, clipping, decay.
 fn busy() -> Config {
-    let mut c = crate::train::busy();
-    (c.model.image_size, c.model.attention_resolutions) = (4, vec![2]);
-    (c.train.batch_size, c.train.microbatch, c.train.lr) = (3, 2, 1e-4);
-    c
+    small(crate::train::busy())
 }
 
 /// The pixels of all images.

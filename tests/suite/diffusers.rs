@@ -30,7 +30,7 @@ fn values(name: &str, n: usize) -> Vec<f64> {
     let one = |i: usize| {
         let mut x = crc.sum().wrapping_add((i as u32).wrapping_mul(2_654_435_761));
         for _ in 0..2 {
-            x = (x ^ (x >> 16)).wrapping_mul(0x45d9_f3b);
+            x = (x ^ (x >> 16)).wrapping_mul(0x045d_9f3b);
         }
         f64::from(x ^ (x >> 16)) / 2f64.powi(31) - 1.0
     };

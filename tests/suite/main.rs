@@ -11,6 +11,8 @@ mod cuda_norm;
 #[cfg(feature = "emulator")]
 mod cuda_ops;
 #[cfg(feature = "emulator")]
+mod cuda_plans;
+#[cfg(feature = "emulator")]
 mod cuda_small;
 #[cfg(feature = "emulator")]
 mod cuda_step;

@@ -440,4 +440,51 @@ fn every_script_has_help_with_an_example() {
     refused(folder.path(), "image_sample --num_sample_s 3", &["--num_sample_s", "--num_samples"]);
     refused(folder.path(), "image_sample --num 3", &["--num_samples", "--num_channels"]);
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "something was written");
+    // A script's name as a value makes no script of another command.
+    let args = |line: &str| line.split_whitespace().map(OsString::from).collect::<Vec<_>>();
+    assert_eq!(spell_out(&args("iddpm sample --out image_sample --num-s 3")).unwrap(), None);
+    let spelled = spell_out(&args("iddpm --threads 2 --seed=1 image_sample --num-s=3")).unwrap();
+    assert_eq!(spelled, Some(args("iddpm --threads 2 --seed=1 image_sample --num_samples=3")));
+}
+
+/// The bytes of the images of `tests/data/nll_terms.npz`, (n, h, w, c).
+fn measured_pixels() -> Vec<u8> {
+    let at = |i: usize| {
+        let (c, x, y, n) = (i % 3, i / 3 % 16, i / 48 % 16, i / 768);
+        (n * 37 + y * (5 + n) + x * 11 + c * 60 + x * y * c) as u8
+    };
+    (0..6 * 768).map(at).collect()
+}
+
+/// The terms that the reference's own code computed (scripts/make-nll-fixture.py) with the noise that this seed gives.
+#[test]
+fn image_nll_gives_the_terms_of_the_reference() {
+    let folder = tempfile::tempdir().unwrap();
+    let (at, model) = (folder.path(), golden().display().to_string());
+    Images::new([16, 16, 3], &measured_pixels()).write_each(&at.join("data"), 0).unwrap();
+    let flags = "--image_size 16 --noise_schedule cosine --learn_sigma True --timestep_respacing 8 --num_samples 6";
+    let text = good(at, &format!("image_nll --data_dir data --model_path {model} {flags} --seed 5 --out log"), &[]);
+    let root = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    let wanted = npz::read(&Path::new(&root).join("tests/data/nll_terms.npz")).unwrap();
+    let values = |arrays: &[(String, Array)], name: &str| -> Vec<f64> {
+        match &arrays.iter().find(|(n, _)| n == name).unwrap().1.values {
+            Values::F32(v) => v.iter().map(|x| f64::from(*x)).collect(),
+            other => panic!("{name}: {other:?}"),
+        }
+    };
+    for name in ["vb", "mse", "xstart_mse"] {
+        let have = values(&npz::read(&at.join(format!("log/{name}_terms.npz"))).unwrap(), "arr_0");
+        for (i, (have, want)) in have.iter().zip(values(&wanted, name)).enumerate() {
+            // Both sum up in f32: 1e-5 of the term, or of 1 where it is smaller.
+            assert!((have - want).abs() <= 1e-5 * want.abs().max(1.0), "{name} {i}: {have}, reference {want}");
+        }
+    }
+    let line = text.lines().find_map(|l| l.strip_prefix("bits/dim")).unwrap();
+    let numbers: Vec<f64> = line.split_whitespace().filter_map(|w| w.parse().ok()).collect();
+    let (total, interval) = (numbers[0], numbers[1]);
+    let mean = |v: &[f64]| v.iter().sum::<f64>() / v.len() as f64;
+    assert!((total - mean(&values(&wanted, "total_bpd"))).abs() < 1e-4, "{line}");
+    // With noise of its own, four times anew, the reference lands within the interval.
+    let other = mean(&values(&wanted, "other_total_bpd"));
+    assert!((total - other).abs() < interval, "{line}, with other noise {other}");
 }

@@ -17,9 +17,11 @@ use iddpm::nll::{Evaluated, Nll, NllSettings};
 use iddpm::ops::grad_norm::GradNorm;
 #[cfg(feature = "emulator")]
 #[cfg(feature = "emulator")]
-use iddpm::sampler::{Pictures, SampleSettings, Sampler};
+use iddpm::sampler::{self, Pictures, SampleSettings, Sampler};
 use iddpm::train::log::Meter;
 use iddpm::train::{Trainer, slots};
+#[cfg(feature = "emulator")]
+use iddpm::unet::Params;
 
 /// The processor, and the CUDA kernels in both precisions on an emulated GPU that is `lag` marks behind its host.
 #[cfg(feature = "emulator")]
@@ -237,6 +239,27 @@ fn memory_that_is_too_small_is_told_with_what_would_fit() {
     set(&device, |d| d.set_memory(1 << 20));
     let text = Trainer::open(c, device, images(20), false).err().unwrap().to_string();
     assert!(text.contains("not even --microbatch 1") && text.contains("1.0 MiB are free"), "{text}");
+}
+
+#[cfg(feature = "emulator")]
+#[test]
+fn a_batch_that_is_too_large_is_told_with_one_that_fits() {
+    let (c, params) = (config(), Params::new(&config().model));
+    let settings = |batch| SampleSettings { batch, ..SampleSettings::default() };
+    let mut device = emulated(0);
+    let plan = |batch| sampler::plan(&c.model, &c.diffusion, &params, &settings(batch), device.target()).unwrap();
+    let memory = plan(16).bytes();
+    assert!(plan(32).bytes() > memory);
+    set(&device, |d| d.set_memory(memory));
+    let sampler = Sampler::new(&mut device, &c.model, &c.diffusion, &params, &settings(64));
+    let text = sampler.err().unwrap().to_string();
+    for part in ["sampling needs", "are free", "--batch-size 16 would fit"] {
+        assert!(text.contains(part), "{text} lacks {part}");
+    }
+    Sampler::new(&mut device, &c.model, &c.diffusion, &params, &settings(16)).unwrap();
+    let nll = NllSettings { clip: true, batch: 4096, seed: 0 };
+    let text = Nll::new(&mut device, &c.model, &c.diffusion, &params, 2, &nll).err().unwrap().to_string();
+    assert!(text.contains("the evaluation needs") && text.contains("too little even for --batch-size 1"), "{text}");
 }
 
 /// A set that the device has no room for stays on the host without being asked.

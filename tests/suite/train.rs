@@ -269,6 +269,7 @@ fn a_run_logs_saves_and_ends() {
         keep: 2,
         time_limit: None,
         tensorboard: false,
+        floor_s: None,
         saved: None,
     };
     let mut grids = Vec::new();

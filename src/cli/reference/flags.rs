@@ -131,7 +131,7 @@ impl Flag {
             Kind::Bool => ValueParser::new(boolean),
             Kind::Int => value_parser!(i64).into(),
             Kind::Float => value_parser!(f64).into(),
-            Kind::Text => value_parser!(String).into(),
+            Kind::Text => value_parser!(String),
         };
         let name = match self.kind {
             Kind::Bool => "BOOL",

@@ -121,8 +121,21 @@ impl Script {
 /// # Errors
 /// [`Error::Config`] for an ambiguous flag.
 pub fn spell_out(args: &[OsString]) -> Result<Option<Vec<OsString>>> {
-    let script = args.iter().skip(1).find_map(|a| Script::find(a.to_str()?));
+    let script = command_of(args).and_then(Script::find);
     script.map(|s| flags::spell_out(args.to_vec(), &s.flags(), &OURS)).transpose()
+}
+
+/// The command among `args`: the first that is neither a flag nor the value of one.
+fn command_of(args: &[OsString]) -> Option<&str> {
+    let mut rest = args.iter().skip(1);
+    loop {
+        match rest.next()?.to_str()? {
+            "-h" | "--help" | "-V" | "--version" => {}
+            flag if flag.starts_with('-') && flag.contains('=') => {}
+            flag if flag.starts_with('-') => _ = rest.next()?,
+            command => return Some(command),
+        }
+    }
 }
 
 /// What the reference reads from the environment.
@@ -371,6 +384,9 @@ impl Call<'_> {
             let averages = rates.split(',').map(|rate| format!("ema_{rate}_{number}.pt"));
             let names = averages.chain([format!("opt{number}.pt")]);
             files.extend(names.map(|name| model.with_file_name(name)).filter(|p| p.exists()));
+        }
+        if !files.iter().any(|f| f.file_name().is_some_and(|n| n.to_string_lossy().starts_with("opt"))) {
+            self.note("no optNNNNNN.pt beside it: AdamW begins anew, and the count of steps from 0");
         }
         let mut line = vec!["import".to_string()];
         line.extend(files.iter().map(|f| f.display().to_string()));

@@ -223,7 +223,9 @@ impl CudaDriver {
             return Ok(());
         }
         let mut pointers = args.pointers();
-        let mut cluster = cluster_attribute(launch.cluster);
+        let mut attributes = Vec::with_capacity(2);
+        attributes.extend((launch.cluster > 1).then(|| cluster_attribute(launch.cluster)));
+        attributes.extend(launch.overlap.then(overlap_attribute));
         let config = sys::CUlaunchConfig {
             gridDimX: launch.grid[0],
             gridDimY: launch.grid[1],
@@ -233,8 +235,8 @@ impl CudaDriver {
             blockDimZ: launch.block[2],
             sharedMemBytes: launch.shared_bytes,
             hStream: self.stream.cu_stream(),
-            attrs: &mut cluster,
-            numAttrs: u32::from(launch.cluster > 1),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: attributes.len() as u32,
         };
         // SAFETY: the function is loaded, and `pointers` holds one live value for each of its parameters, which the driver copies
         // before it returns; the emulator checks the same argument list against the kernel's signature.
@@ -357,6 +359,12 @@ impl CudaDriver {
         let done = unsafe { result::memset_d8_async(dst.0, value, bytes, self.stream.cu_stream()) };
         self.check(&format!("filling {bytes} bytes on the GPU"), done)
     }
+}
+
+fn overlap_attribute() -> sys::CUlaunchAttribute {
+    use sys::{CUlaunchAttributeID as Id, CUlaunchAttributeValue as Value};
+    let value = Value { programmaticStreamSerializationAllowed: 1 };
+    sys::CUlaunchAttribute { id: Id::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, pad: [0; 4], value }
 }
 
 fn cluster_attribute(blocks: u32) -> sys::CUlaunchAttribute {

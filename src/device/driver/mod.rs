@@ -100,12 +100,14 @@ pub struct Launch {
     pub shared_bytes: u32,
     /// Blocks that run together as a cluster (1: no clusters).
     pub cluster: u32,
+    /// May start before the launch before it has ended; the kernel waits by itself (sm_90, `grid_wait` of `kernels/ptx.cuh`).
+    pub overlap: bool,
 }
 
 impl Launch {
     /// `grid` blocks of `block` threads.
     pub fn new(grid: [u32; 3], block: [u32; 3]) -> Launch {
-        Launch { grid, block, shared_bytes: 0, cluster: 1 }
+        Launch { grid, block, shared_bytes: 0, cluster: 1, overlap: false }
     }
 
     /// One thread for each of `n` items, in blocks of `block`.
@@ -123,6 +125,11 @@ impl Launch {
     /// In clusters of `blocks` along x.
     pub fn cluster(self, blocks: u32) -> Launch {
         Launch { cluster: blocks, ..self }
+    }
+
+    /// Starting before the one before it has ended.
+    pub fn overlapping(self) -> Launch {
+        Launch { overlap: true, ..self }
     }
 }
 

@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::graph::{Graph, Source, Val};
 use crate::ops::launch::Launcher;
 use crate::ops::view::Cat;
-use crate::ops::{Cost, Operation, Views, fast};
+use crate::ops::{Cost, Operation, Views, fast, other_columns};
 
 /// Addresses of both parts of a source.
 fn both(m: &Launcher, x: Source) -> [Ptr; 2] {
@@ -49,7 +49,8 @@ impl Operation for Conv2d {
         self.x.vals().chain([self.w]).chain(self.b).chain(shift).chain(self.residual).collect()
     }
     fn cost(&self, g: &Graph) -> Cost {
-        Cost::of(self, g, self.shape.flops())
+        let all = Cost::of(self, g, self.shape.flops());
+        Cost { read: all.read - other_columns(g, self.shift, self.shape.oc), ..all }
     }
     fn scratch(&self, _g: &Graph) -> usize {
         fast::conv2d::forward_scratch(&self.shape)
@@ -124,7 +125,10 @@ impl Operation for Conv2dBackwardWeight {
         [self.dy].into_iter().chain(self.x.vals()).collect()
     }
     fn cost(&self, g: &Graph) -> Cost {
-        Cost::of(self, g, self.shape.flops())
+        let all = Cost::of(self, g, self.shape.flops());
+        let sums: f64 = [Some(self.dw), self.db].into_iter().flatten().map(|v| g[v].bytes() as f64).sum();
+        let read = all.read + if self.accumulate { sums } else { 0.0 };
+        Cost { read, written: all.written - other_columns(g, self.dshift, self.shape.oc), ..all }
     }
     fn scratch(&self, _g: &Graph) -> usize {
         fast::conv2d::backward_weight_scratch(&self.shape)

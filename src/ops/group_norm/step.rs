@@ -4,7 +4,7 @@ use super::{GroupNorm, GroupNormBackward, GroupNormShape, launch};
 use crate::error::Result;
 use crate::graph::{Graph, Val};
 use crate::ops::launch::Launcher;
-use crate::ops::{Cost, Operation, Views, fast};
+use crate::ops::{Cost, Operation, Views, fast, other_columns};
 
 impl GroupNorm {
     fn shape(&self, m: &Views) -> GroupNormShape {
@@ -18,7 +18,7 @@ impl GroupNorm {
 
     /// Bytes of a matrix that do not belong to the columns of its scale and shift.
     fn others(&self, g: &Graph, rows: Option<(Val, usize)>) -> f64 {
-        rows.map_or(0, |(v, _)| (g.shape(v).c - 2 * self.shape.c()) * g.shape(v).n * g[v].dtype.bytes()) as f64
+        other_columns(g, rows, 2 * self.shape.c())
     }
 
     fn params(&self) -> impl Iterator<Item = Val> {

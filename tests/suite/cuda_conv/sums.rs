@@ -29,7 +29,7 @@ fn check(d: &Driver, s: ConvShape, t: Types, full: usize, mean: f32) {
     let largest = y.iter().fold(0f32, |m, y| m.max(y.abs()));
     for (i, (got, want)) in sums.iter().zip(&want).enumerate() {
         // The mean is rounded once and its sum is one of differences; the deviations from it are off by its rounding.
-        let mean = i / s.oc % 2 == 0;
+        let mean = (i / s.oc).is_multiple_of(2);
         let bound =
             if mean { 4.0 * f32::EPSILON * largest } else { 1e-5 * want + (8.0 * f32::EPSILON * largest).powi(2) };
         assert!((got - want).abs() <= bound, "{s:?} {t:?}: sum {i} is {got}, plain {want}, bound {bound:e}");
