@@ -207,6 +207,7 @@ impl Tape<'_> {
             | Op::HybridLoss(_)
             | Op::GradNorm(_)
             | Op::AdamwEma(_)
+            | Op::DynamicThreshold(_)
             | Op::PSample(_)
             | Op::VbTerms(_) => panic!("{} has no gradient", op.name()),
         }

@@ -146,6 +146,9 @@ pub struct ModelConfig {
     /// The channels of attention are all of q, all of k, all of v, rather than grouped by head.
     #[serde(default)]
     pub use_new_attention_order: bool,
+    /// The class table has one row more, the last, which stands for no label: what guidance needs.
+    #[serde(default)]
+    pub null_class: bool,
     /// Subtracted from the number of frequencies under their exponent: 0 here and in the reference, 1 in google/ddpm-*.
     #[serde(default)]
     pub freq_shift: f64,
@@ -190,6 +193,7 @@ impl Default for ModelConfig {
             low_res: None,
             resblock_updown: false,
             use_new_attention_order: false,
+            null_class: false,
             freq_shift: 0.0,
             sine_first: false,
             norm_eps: norm_eps(),
@@ -205,7 +209,7 @@ pub struct DiffusionConfig {
     pub diffusion_steps: usize,
     /// Noise schedule.
     pub noise_schedule: Schedule,
-    /// Subset of the steps in use: "", "250", "10,15,20", "ddim50".
+    /// Subset of the steps in use: "", "250", "10,15,20", "ddim50", "logsnr20".
     pub timestep_respacing: String,
     /// What the network predicts.
     pub mean_type: MeanType,
@@ -267,6 +271,9 @@ pub struct TrainConfig {
     pub seed: u64,
     /// Residual blocks are computed anew in the backward pass: less memory, the same bits.
     pub recompute: bool,
+    /// Probability with which the label of an image is replaced by the null class.
+    #[serde(default)]
+    pub label_dropout: f64,
 }
 
 impl Default for TrainConfig {
@@ -285,6 +292,7 @@ impl Default for TrainConfig {
             flip: false,
             seed: 0,
             recompute: false,
+            label_dropout: 0.0,
         }
     }
 }
@@ -358,6 +366,7 @@ impl Config {
             ("num-heads-upsample", m.num_heads_upsample.to_string()),
             ("dropout", m.dropout.to_string()),
             ("class-cond", m.num_classes.is_some().to_string()),
+            ("null-class", m.null_class.to_string()),
             ("use-scale-shift-norm", m.use_scale_shift_norm.to_string()),
             ("conv-resample", m.conv_resample.to_string()),
             ("num-head-channels", m.num_head_channels.map_or("-1".into(), |c| c.to_string())),
@@ -388,6 +397,7 @@ impl Config {
             ("microbatch", t.microbatch.to_string()),
             ("ema-rate", list(&t.ema_rates)),
             ("flip", t.flip.to_string()),
+            ("label-dropout", t.label_dropout.to_string()),
             ("seed", t.seed.to_string()),
         ]
     }
@@ -397,6 +407,16 @@ impl ModelConfig {
     /// Channels that the first convolution takes: those of x, and of the enlarged small image.
     pub fn input_channels(&self) -> usize {
         if self.low_res.is_some() { 2 * self.in_channels } else { self.in_channels }
+    }
+
+    /// Rows of the class table: the classes, and the null class if there is one.
+    pub fn class_rows(&self) -> Option<usize> {
+        self.num_classes.map(|n| n + usize::from(self.null_class))
+    }
+
+    /// The label that stands for none: the row after those of the classes.
+    pub fn null_label(&self) -> Option<i32> {
+        self.num_classes.filter(|_| self.null_class).map(|n| n as i32)
     }
 }
 

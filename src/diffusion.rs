@@ -16,6 +16,7 @@
 //! - [`likelihood`]: KL of Gaussians, the discretised Gaussian, with derivatives
 //! - [`loss`]: every training loss with its gradient; the terms of the bound
 //! - [`reverse`]: the steps of the samplers
+//! - [`steer`]: guidance and dynamic threshold
 //! - [`codes`]: bytes and [-1, 1]
 
 pub mod codes;
@@ -23,8 +24,9 @@ pub mod gaussian;
 pub mod likelihood;
 pub mod loss;
 pub mod reverse;
+pub mod steer;
 
 pub use codes::{to_byte, to_byte_truncate, to_unit};
 pub use gaussian::{Output, clip, q_sample};
 pub use loss::{BoundTerms, Objective, Terms, bound_terms, loss_and_grad, prior_bpd};
-pub use reverse::{ddim, ddim_reverse, p_sample};
+pub use reverse::{ddim, ddim_reverse, p_sample, second_order};

@@ -102,6 +102,15 @@ impl<'a> Images<'a> {
         Images { h, w, c: self.c, pixels: &pixels }.write_png(path)
     }
 
+    /// Writes [`Images::table`] as one PNG.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the folder cannot be written.
+    pub fn write_table(&self, path: &Path, columns: usize, scale: usize) -> Result<()> {
+        let (h, w, pixels) = self.table(columns, scale);
+        Images { h, w, c: self.c, pixels: &pixels }.write_png(path)
+    }
+
     /// Writes image i as `<folder>/000000.png`, numbered from `first`; the folder is made if need be.
     ///
     /// # Errors

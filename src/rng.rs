@@ -33,6 +33,8 @@ pub mod op {
     pub const NLL: u32 = 7;
     /// Class labels drawn for sampling: element 0 of each image.
     pub const LABEL: u32 = 8;
+    /// Labels replaced by the null class in training: element 0 of each image.
+    pub const LABEL_DROPOUT: u32 = 9;
     /// Initial values of parameter tensor `k`: `PARAM_INIT + k`.
     pub const PARAM_INIT: u32 = 0x1000_0000;
     /// Mask of dropout layer `k`: `DROPOUT + k`.
@@ -157,6 +159,11 @@ pub fn keep_threshold(p: f32) -> u32 {
 /// Whether dropout with probability `p` keeps the element of this word: `bits >= p·2^32`. What is kept is scaled by `1/(1 - p)`.
 pub fn keep(bits: u32, p: f32) -> bool {
     bits >= keep_threshold(p)
+}
+
+/// Whether the label of image `image` of the batch is dropped at `step` with probability `p`: word 0 below `p·2^32`.
+pub fn drops_label(p: f64, seed: u64, image: u32, step: u32) -> bool {
+    f64::from(philox([0, image, step, op::LABEL_DROPOUT], seed)[0]) < p * 4_294_967_296.0
 }
 
 /// Integer in `0..n` of one word: `⌊bits·n / 2^32⌋`. Its probabilities differ from 1/n by less than 2^-32.

@@ -1,19 +1,23 @@
-//! Sampling: a plan of U-Net and reverse step, run once per step of the (respaced) process from t = T-1 down to 0.
+//! Sampling: a plan of U-Net and reverse step, run once per pass of the sampler over the (respaced) process from t = T-1 down to 0.
 //!
 //! Every image has a seed of its own, which makes its x_T and all its noise: a picture is the same in any batch, on any
-//! number of threads.
+//! number of threads. A walk may also start at a given x_T, or go from images to their noise ([`Sampler::run_from`]).
+
+pub mod latents;
+mod plan;
+
+pub use plan::plan;
 
 use crate::config::{DiffusionConfig, ModelConfig};
 use crate::data::low_res::LowRes;
 use crate::device::{Device, Plan, PlanId};
-use crate::diffusion::gaussian::Output;
 use crate::error::{Error, Result};
-use crate::graph::{DType, Graph, Region, Shape, Source, Target, Val};
+use crate::graph::{Shape, Val};
 use crate::ops::Control;
-use crate::ops::p_sample::{PSample, Reverse};
-use crate::rng;
+use crate::ops::p_sample::{Pass, Reverse};
 use crate::schedule::Process;
-use crate::unet::{self, Params};
+use crate::unet::Params;
+use plan::Vals;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
@@ -26,26 +30,64 @@ pub struct SampleSettings {
     pub clip: bool,
     /// Images made at the same time.
     pub batch: usize,
+    /// Weight of classifier-free guidance, of a model with a null class: 0 without label, 1 with it, above 1 beyond it.
+    pub guidance: Option<f64>,
+    /// In place of clipping, each x_0 is bounded by this quantile of its magnitudes and scaled into [-1, 1].
+    pub dynamic_threshold: Option<f64>,
 }
 
-/// Steps that are started before the oldest of them has ended.
+impl Default for SampleSettings {
+    fn default() -> Self {
+        SampleSettings { reverse: Reverse::Ancestral, clip: true, batch: 1, guidance: None, dynamic_threshold: None }
+    }
+}
+
+/// Largest weight of guidance.
+const LARGEST_GUIDANCE: f64 = 100.0;
+
+impl SampleSettings {
+    /// Checks the numbers.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for an empty batch, and for numbers out of their range: an eta above 1, with which the variance of DDIM may
+    /// exceed all there is, a weight of guidance below 0, a quantile that is none.
+    pub fn validate(&self) -> Result<()> {
+        let within = |flag: &str, value: Option<f64>, low: f64, high: f64| match value {
+            Some(x) if !(low..=high).contains(&x) => {
+                Err(Error::Config(format!("--{flag} {x}: must lie between {low} and {high}")))
+            }
+            _ => Ok(()),
+        };
+        if self.batch == 0 {
+            return Err(Error::Config("batch_size 0: sampling needs a batch of at least 1".into()));
+        }
+        let eta = if let Reverse::Ddim(eta) = self.reverse { Some(eta) } else { None };
+        within("eta", eta, 0.0, 1.0)?;
+        within("guidance", self.guidance, 0.0, LARGEST_GUIDANCE)?;
+        within("dynamic-threshold", self.dynamic_threshold, 0.0, 1.0)
+    }
+
+    /// Images that the network sees for each picture.
+    fn copies(&self) -> usize {
+        if self.guidance.is_some() { 2 } else { 1 }
+    }
+}
+
+/// Calls of the network that are started before the oldest of them has ended.
 const AHEAD: usize = 8;
 
 /// A sampling plan bound to a device.
 pub struct Sampler {
     id: PlanId,
-    x: Val,
-    /// x as the network reads it, where that is bf16.
-    copy: Option<Val>,
-    x_0: Val,
-    time: Val,
-    labels: Option<Val>,
-    low_res: Option<Val>,
-    seeds: Val,
-    control: Val,
+    vals: Vals,
+    /// The pictures of a batch.
     shape: Shape,
+    copies: usize,
+    reverse: Reverse,
     classes: Option<usize>,
+    null: Option<i32>,
     process: Arc<Process>,
+    passes: Vec<Pass>,
     rescale: bool,
 }
 
@@ -75,77 +117,20 @@ pub struct Walk<'a> {
 impl Walk<'_> {
     /// The present prediction of x_0 of this batch's pictures, (n, h, w, c) in [-1, 1] when clipped.
     pub fn x_0(&self) -> Result<Vec<f32>> {
-        self.sampler.read(self.device, self.sampler.x_0, self.pictures)
+        self.sampler.read(self.device, self.sampler.vals.x_0, self.pictures)
     }
 
     /// The present x_t of this batch's pictures.
     pub fn x(&self) -> Result<Vec<f32>> {
-        self.sampler.read(self.device, self.sampler.x, self.pictures)
+        self.sampler.read(self.device, self.sampler.vals.x, self.pictures)
     }
-}
-
-/// The values a sampling plan is steered by.
-struct Steering {
-    x: Val,
-    copy: Option<Val>,
-    x_0: Val,
-    time: Val,
-    seeds: Val,
-    control: Val,
-    labels: Option<Val>,
-    low_res: Option<Val>,
-}
-
-/// Records the sampling plan for `target`.
-fn record(
-    model: &ModelConfig,
-    diffusion: &DiffusionConfig,
-    params: &Params,
-    settings: &SampleSettings,
-    process: &Arc<Process>,
-    target: Target,
-) -> (Graph, Steering) {
-    let mut g = Graph::on(target);
-    let vals = params.declare(&mut g);
-    let rows = Shape::rows(settings.batch, 1);
-    let size = Shape::new(settings.batch, model.image_size, model.image_size, model.in_channels);
-    let control = g.fixed("control", Shape::rows(1, 16), DType::I32, Region::Inputs);
-    let seeds = g.fixed("seeds", Shape::rows(settings.batch, 2), DType::I32, Region::Inputs);
-    let time = g.fixed("time", rows, DType::F32, Region::Inputs);
-    let labels = model.num_classes.map(|_| g.fixed("labels", rows, DType::I32, Region::Inputs));
-    let x = g.fixed("x", size, DType::F32, Region::State);
-    let x_0 = g.fixed("x_0", size, DType::F32, Region::State);
-    let copy = g.half.then(|| g.fixed("x bf16", size, DType::Bf16, Region::State));
-    let low_res = model.low_res.map(|_| g.fixed("low_res", size, g.float(), Region::Inputs));
-    let input = Source { a: copy.unwrap_or(x), b: low_res };
-    let out = unet::record(&mut g, model, &vals, input, time, labels, None).out;
-    g.scope("sample");
-    let output = Output { mean_type: diffusion.mean_type, var_type: diffusion.var_type };
-    let (reverse, clip, process) = (settings.reverse, settings.clip, process.clone());
-    g.push(PSample { x, copy, x_0: Some(x_0), out, seeds, noise: None, control, reverse, output, clip, process });
-    (g, Steering { x, copy, x_0, time, seeds, control, labels, low_res })
-}
-
-/// The plan that [`Sampler::new`] binds to a device of `target`, for printing.
-///
-/// # Errors
-/// When the process of `diffusion` cannot be.
-pub fn plan(
-    model: &ModelConfig,
-    diffusion: &DiffusionConfig,
-    params: &Params,
-    settings: &SampleSettings,
-    target: Target,
-) -> Result<Plan> {
-    let process = Arc::new(Process::from_config(diffusion)?);
-    Ok(Plan::new(record(model, diffusion, params, settings, &process, target).0, true))
 }
 
 impl Sampler {
     /// Binds a sampling plan for the network `model` with tensors `params` to `device`.
     ///
     /// # Errors
-    /// When the process cannot be, or memory cannot be had.
+    /// Those of [`SampleSettings::validate`]; guidance of a model without a null class; when the process cannot be, or memory cannot be had.
     pub fn new(
         device: &mut Device,
         model: &ModelConfig,
@@ -153,20 +138,35 @@ impl Sampler {
         params: &Params,
         settings: &SampleSettings,
     ) -> Result<Self> {
-        if settings.batch == 0 {
-            return Err(Error::Config("batch_size 0: sampling needs a batch of at least 1".into()));
+        settings.validate()?;
+        let null = model.null_label();
+        if let (Some(w), None) = (settings.guidance, null) {
+            return Err(Error::Config(format!(
+                "--guidance {w}: the model has no null class to be guided away from; train it with --class-cond True \
+                 --label-dropout 0.1"
+            )));
         }
         let process = Arc::new(Process::from_config(diffusion)?);
-        let (g, s) = record(model, diffusion, params, settings, &process, device.target());
-        let Steering { x, copy, x_0, time, seeds, control, labels, low_res } = s;
-        let (shape, classes) = (g.shape(x), model.num_classes);
-        let (whole, target) = (Plan::new(g, true), device.target());
+        let target = device.target();
+        let (g, vals) = plan::record(model, diffusion, params, settings, &process, target);
+        let shape = Shape { n: settings.batch, ..g.shape(vals.x) };
+        let whole = Plan::new(g, true);
         let smaller = |batch| plan(model, diffusion, params, &SampleSettings { batch, ..settings.clone() }, target);
         device.check_room("sampling", &whole, ("--batch-size", settings.batch), smaller)?;
         let id = device.bind(whole)?;
         device.capture(id)?;
-        let rescale = diffusion.rescale_timesteps;
-        Ok(Sampler { id, x, copy, x_0, time, labels, low_res, seeds, control, shape, classes, process, rescale })
+        Ok(Sampler {
+            id,
+            vals,
+            shape,
+            copies: settings.copies(),
+            reverse: settings.reverse,
+            classes: model.num_classes,
+            null,
+            passes: settings.reverse.passes(process.steps()),
+            process,
+            rescale: diffusion.rescale_timesteps,
+        })
     }
 
     /// The bound plan, to choose its weights.
@@ -177,6 +177,11 @@ impl Sampler {
     /// Steps of the process.
     pub fn steps(&self) -> usize {
         self.process.steps()
+    }
+
+    /// Calls of the network that a picture takes.
+    pub fn calls(&self) -> usize {
+        self.passes.len()
     }
 
     /// Makes the pictures, batch by batch: (n, h, w, c), in [-1, 1] up to what the last step leaves.
@@ -191,10 +196,38 @@ impl Sampler {
         pictures: Pictures,
         each: &mut dyn FnMut(&Walk) -> Result<()>,
     ) -> Result<Vec<f32>> {
-        if self.low_res.is_some() {
-            return Err(Error::Config("a model of super-resolution needs small images: give --base-samples".into()));
+        self.plain()?;
+        assert!(self.reverse != Reverse::DdimReverse, "a walk to noise starts from images");
+        self.walk(device, pictures, None, None, each)
+    }
+
+    /// Walks from `start` (n, h, w, c) in place of drawn noise: from x_T to pictures, or with [`Reverse::DdimReverse`] from images to
+    /// their x_T. Returns where it ends.
+    ///
+    /// # Errors
+    /// Those of [`Self::run`]; another number of values than the pictures have.
+    pub fn run_from(
+        &self,
+        device: &mut Device,
+        pictures: Pictures,
+        start: &[f32],
+        each: &mut dyn FnMut(&Walk) -> Result<()>,
+    ) -> Result<Vec<f32>> {
+        self.plain()?;
+        let (have, need) = (start.len(), pictures.seeds.len() * self.shape.len() / self.shape.n);
+        if have != need {
+            let n = pictures.seeds.len();
+            return Err(Error::Config(format!("{n} pictures start from {need} values, {have} were given")));
         }
-        self.walk(device, pictures, None, each)
+        self.walk(device, pictures, Some(start), None, each)
+    }
+
+    /// Refuses a model that cannot do without small images.
+    fn plain(&self) -> Result<()> {
+        match self.vals.low_res {
+            None => Ok(()),
+            Some(_) => Err(Error::Config("a model of super-resolution needs small images: give --base-samples".into())),
+        }
     }
 
     /// Enlarges small images: as [`Self::run`], picture i from image i of `low_res`, over again if there are fewer.
@@ -208,19 +241,20 @@ impl Sampler {
         low_res: &LowRes,
         each: &mut dyn FnMut(&Walk) -> Result<()>,
     ) -> Result<Vec<f32>> {
-        let fits = self.low_res.is_some() && low_res.c == self.shape.c && !low_res.is_empty();
+        let fits = self.vals.low_res.is_some() && low_res.c == self.shape.c && !low_res.is_empty();
         if !fits {
             let (small, c) = (low_res.small, low_res.c);
             let what = format!("{} images of {small}x{small}x{c} cannot be enlarged by this model", low_res.len());
             return Err(Error::Config(what));
         }
-        self.walk(device, pictures, Some(low_res), each)
+        self.walk(device, pictures, None, Some(low_res), each)
     }
 
     fn walk(
         &self,
         device: &mut Device,
         pictures: Pictures,
+        given: Option<&[f32]>,
         low_res: Option<&LowRes>,
         each: &mut dyn FnMut(&Walk) -> Result<()>,
     ) -> Result<Vec<f32>> {
@@ -232,19 +266,24 @@ impl Sampler {
         for (batch, seeds) in pictures.seeds.chunks(self.shape.n).enumerate() {
             let first = batch * self.shape.n;
             let labels = pictures.labels.map(|l| &l[first..first + seeds.len()]);
-            self.start(device, Pictures { seeds, labels })?;
+            let size = self.shape.len() / self.shape.n;
+            let given = given.map(|x| &x[first * size..][..seeds.len() * size]);
+            self.begin(device, Pictures { seeds, labels }, given)?;
             self.write_low_res(device, first, low_res)?;
-            for k in 0..steps {
-                self.step(device, steps - 1 - k)?;
-                let done = batch * steps + k + 1;
+            let mut done = batch * steps;
+            for pass in &self.passes {
+                self.pass(device, pass)?;
                 // The host runs a little ahead of the device, so that what is told of the walk stays true.
                 flight.push_back(device.mark()?);
                 if flight.len() > AHEAD {
                     flight.pop_front().map_or(Ok(()), |mark| mark.wait())?;
                 }
-                each(&Walk { device, sampler: self, pictures: seeds.len(), first, done, total })?;
+                if pass.completes {
+                    done += 1;
+                    each(&Walk { device, sampler: self, pictures: seeds.len(), first, done, total })?;
+                }
             }
-            images.extend(self.read(device, self.x, seeds.len())?);
+            images.extend(self.read(device, self.vals.x, seeds.len())?);
         }
         Ok(images)
     }
@@ -265,54 +304,71 @@ impl Sampler {
         }
     }
 
-    /// Writes x_T, seeds and labels; a batch that is not full is filled up with its last picture.
+    /// Writes x_T as it is drawn, seeds and labels of at most a batch of pictures.
     ///
     /// # Errors
     /// Those of the device.
-    pub fn start(&self, device: &mut Device, Pictures { seeds, labels }: Pictures) -> Result<()> {
+    pub fn start(&self, device: &mut Device, pictures: Pictures) -> Result<()> {
+        self.begin(device, pictures, None)
+    }
+
+    /// [`Self::start`] with x_T `given` or drawn; a batch that is not full is filled up with its last picture.
+    fn begin(&self, device: &mut Device, Pictures { seeds, labels }: Pictures, given: Option<&[f32]>) -> Result<()> {
         let at = |n: usize| n.min(seeds.len() - 1);
         let size = self.shape.len() / self.shape.n;
         let mut x = vec![0.0; self.shape.len()];
         let mut words = Vec::with_capacity(2 * self.shape.n);
         for (n, x) in x.chunks_exact_mut(size).enumerate() {
             let seed = seeds[at(n)];
-            rng::fill_normal(x, seed, 0, 0, rng::op::X_T);
+            match given {
+                Some(given) => x.copy_from_slice(&given[at(n) * size..][..size]),
+                None => latents::draw(x, seed),
+            }
             words.extend([seed as u32, (seed >> 32) as u32]);
         }
-        for v in [Some(self.x), self.copy].into_iter().flatten() {
+        let x = x.repeat(self.copies);
+        for v in [Some(self.vals.x), self.vals.copy].into_iter().flatten() {
             device.write_f32(self.id, v, &x)?;
         }
-        device.write(self.id, self.seeds, &words)?;
-        if let (Some(v), Some(labels)) = (self.labels, labels) {
-            let all: Vec<i32> = (0..self.shape.n).map(|n| labels[at(n)]).collect();
-            device.write(self.id, v, &all)?;
+        device.write(self.id, self.vals.seeds, &words)?;
+        if let (Some(v), Some(labels)) = (self.vals.labels, labels) {
+            let with = (0..self.shape.n).map(|n| labels[at(n)]);
+            let without = self.null.into_iter().cycle().take((self.copies - 1) * self.shape.n);
+            device.write(self.id, v, &with.chain(without).collect::<Vec<i32>>())?;
         }
         Ok(())
     }
 
     /// Writes the small images of the batch whose first picture is `first`.
     fn write_low_res(&self, device: &mut Device, first: usize, low_res: Option<&LowRes>) -> Result<()> {
-        let (Some(v), Some(low_res)) = (self.low_res, low_res) else { return Ok(()) };
+        let (Some(v), Some(low_res)) = (self.vals.low_res, low_res) else { return Ok(()) };
         let mut all = vec![0.0; self.shape.len()];
         for (n, out) in all.chunks_exact_mut(self.shape.len() / self.shape.n).enumerate() {
             low_res.enlarge((first + n) % low_res.len(), self.shape.h, out);
         }
-        device.write_f32(self.id, v, &all)
+        device.write_f32(self.id, v, &all.repeat(self.copies))
     }
 
-    /// One reverse step from `t`; on a GPU it is started, not waited for.
+    /// One reverse step from `t`, the first half of Heun's; on a GPU it is started, not waited for.
     ///
     /// # Errors
     /// Those of the device.
     pub fn step(&self, device: &mut Device, t: usize) -> Result<()> {
-        let time = vec![self.process.time_value(t, self.rescale); self.shape.n];
-        device.write(self.id, self.time, &time)?;
-        device.write(self.id, self.control, bytemuck::bytes_of(&Control { t: t as u32, ..Control::default() }))?;
+        self.pass(device, &Pass { t, row: t, completes: true })
+    }
+
+    /// One call of the network and the row of the sampler's table that follows.
+    fn pass(&self, device: &mut Device, pass: &Pass) -> Result<()> {
+        let time = vec![self.process.time_value(pass.t, self.rescale); self.shape.n * self.copies];
+        let control = Control { t: pass.row as u32, ..Control::default() };
+        device.write(self.id, self.vals.time, &time)?;
+        device.write(self.id, self.vals.control, bytemuck::bytes_of(&control))?;
         device.run(self.id)
     }
 
+    /// The first `pictures` pictures of `v`.
     fn read(&self, device: &Device, v: Val, pictures: usize) -> Result<Vec<f32>> {
-        let mut all = vec![0.0; self.shape.len()];
+        let mut all = vec![0.0; device.plan(self.id).graph.shape(v).len()];
         device.read(self.id, v, &mut all)?;
         all.truncate(pictures * self.shape.len() / self.shape.n);
         Ok(all)

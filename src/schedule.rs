@@ -122,7 +122,39 @@ impl Process {
         if spec.is_empty() {
             return base.respace(&(0..base.steps()).collect::<Vec<_>>());
         }
-        base.respace(&space_timesteps(base.steps(), spec)?)
+        match spec.strip_prefix("logsnr") {
+            Some(count) => base.respace(&base.log_snr_steps(spec_number(spec, count)?)?),
+            None => base.respace(&space_timesteps(base.steps(), spec)?),
+        }
+    }
+
+    /// The `count` steps, ascending, the first and the last among them, whose log-SNR `ln(alpha_bar/(1 - alpha_bar))` is nearest to
+    /// even spacing; where two would be the same step, the next ones are taken.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for fewer than 2 steps or more than there are.
+    pub fn log_snr_steps(&self, count: usize) -> Result<Vec<usize>> {
+        let steps = self.steps();
+        if !(2..=steps).contains(&count) {
+            return Err(Error::Config(format!(
+                "timestep_respacing \"logsnr{count}\": between 2 and the {steps} steps of the process can be kept"
+            )));
+        }
+        let log_snr: Vec<f64> = self.alpha_bar.iter().map(|a| (a / (1.0 - a)).ln()).collect();
+        let (first, last) = (log_snr[0], log_snr[steps - 1].max(-1e3));
+        let nearest = |x: f64| {
+            let above = log_snr.partition_point(|&y| y > x).clamp(1, steps - 1);
+            if log_snr[above - 1] - x < x - log_snr[above] { above - 1 } else { above }
+        };
+        let mut kept: Vec<usize> =
+            (0..count).map(|i| nearest(first + (last - first) * i as f64 / (count - 1) as f64)).collect();
+        for i in 1..count {
+            kept[i] = kept[i].max(kept[i - 1] + 1);
+        }
+        for (i, t) in kept.iter_mut().enumerate() {
+            *t = (*t).min(steps - count + i);
+        }
+        Ok(kept)
     }
 
     /// The original process of `steps` steps.
@@ -249,14 +281,7 @@ impl Process {
 /// [`Error::Config`] for text that is neither, more steps than a section has, and a count no stride gives; it names the
 /// nearest possible one.
 pub fn space_timesteps(steps: usize, spec: &str) -> Result<Vec<usize>> {
-    let number = |text: &str| {
-        text.trim().parse::<usize>().map_err(|_| {
-            Error::Config(format!(
-                "timestep_respacing \"{spec}\": \"{text}\" is not a number of steps; \
-                 write \"250\", \"10,15,20\" or \"ddim50\""
-            ))
-        })
-    };
+    let number = |text: &str| spec_number(spec, text);
     if let Some(count) = spec.strip_prefix("ddim") {
         return strided(steps, number(count)?);
     }
@@ -280,6 +305,16 @@ pub fn space_timesteps(steps: usize, spec: &str) -> Result<Vec<usize>> {
         start += size;
     }
     Ok(kept.into_iter().collect())
+}
+
+/// The number of steps `text` of the respacing `spec`.
+fn spec_number(spec: &str, text: &str) -> Result<usize> {
+    text.trim().parse().map_err(|_| {
+        Error::Config(format!(
+            "timestep_respacing \"{spec}\": \"{text}\" is not a number of steps; \
+             write \"250\", \"10,15,20\", \"ddim50\" or \"logsnr20\""
+        ))
+    })
 }
 
 fn strided(steps: usize, count: usize) -> Result<Vec<usize>> {

@@ -160,6 +160,8 @@ fn add_sampling(g: &mut Graph, config: &Config, control: Val) {
         control,
         reverse: Reverse::Ancestral,
         output,
+        guidance: None,
+        threshold: None,
         clip: true,
         process,
     });

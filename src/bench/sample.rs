@@ -45,7 +45,7 @@ impl ReverseStep {
         let params = Params::new(&config.model);
         let mut diffusion = config.diffusion.clone();
         diffusion.timestep_respacing = STEPS.to_string();
-        let settings = SampleSettings { reverse, clip: true, batch };
+        let settings = SampleSettings { reverse, batch, ..SampleSettings::default() };
         let mut device = open()?;
         let plan = sampler::plan(&config.model, &diffusion, &params, &settings, device.target())?;
         let memory = Memory::of(&plan, &device)?;

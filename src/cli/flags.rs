@@ -67,6 +67,9 @@ pub struct ModelFlags {
     /// Condition on the class label
     #[arg(long, value_name = BOOL, help_heading = "Network")]
     pub class_cond: Option<bool>,
+    /// The class table has one more row that stands for no label, as --label-dropout trains it and --guidance needs it
+    #[arg(long, value_name = BOOL, help_heading = "Network")]
+    pub null_class: Option<bool>,
     /// Time embedding as scale and shift of a norm, rather than added
     #[arg(long, value_name = BOOL, help_heading = "Network")]
     pub use_scale_shift_norm: Option<bool>,
@@ -160,10 +163,13 @@ pub struct TrainFlags {
     /// Choice of t
     #[arg(long, value_enum, help_heading = "Training")]
     pub schedule_sampler: Option<TimestepSampler>,
+    /// Part of the labels that is replaced by the null class, for --guidance when sampling: 0.1
+    #[arg(long, value_name = "P", help_heading = "Training")]
+    pub label_dropout: Option<f64>,
     /// Mirror half of the images
     #[arg(long, value_name = BOOL, help_heading = "Training")]
     pub flip: Option<bool>,
-    /// Use part of the steps: 250, 10,15,20 or ddim50
+    /// Use part of the steps: 250, 10,15,20, ddim50 or logsnr20
     #[arg(long, help_heading = "Diffusion")]
     pub timestep_respacing: Option<String>,
     /// Accepted for the reference's command lines; there is no loss scale in f32
@@ -216,8 +222,14 @@ impl ModelFlags {
         set(&mut m.downsample_padding, &self.downsample_padding);
         match self.class_cond {
             Some(true) => m.num_classes = m.num_classes.or(Some(c.data.classes.len())),
-            Some(false) => m.num_classes = None,
+            Some(false) => (m.num_classes, m.null_class) = (None, false),
             None => {}
+        }
+        set(&mut m.null_class, &self.null_class);
+        if m.null_class && m.num_classes.is_none() {
+            let what =
+                "a null class (--null-class, --label-dropout) needs a model with classes: give --class-cond True";
+            return Err(Error::Config(what.into()));
         }
         set(&mut c.train.recompute, &self.use_checkpoint);
         self.apply_diffusion(c)?;
@@ -293,8 +305,10 @@ impl TrainFlags {
         set(&mut t.ema_rates, &self.ema_rate);
         set(&mut t.schedule_sampler, &self.schedule_sampler);
         set(&mut t.flip, &self.flip);
+        set(&mut t.label_dropout, &self.label_dropout);
         set(&mut t.seed, &seed);
         set(&mut c.diffusion.timestep_respacing, &self.timestep_respacing);
+        c.model.null_class |= self.label_dropout.is_some_and(|p| p > 0.0);
     }
 }
 

@@ -151,6 +151,7 @@ impl ImportArgs {
         if let Some(size) = self.model.small_size {
             c.model.low_res = usize::try_from(size).ok();
         }
+        c.model.null_class = self.model.null_class == Some(true);
         if self.preset.is_none() {
             source.apply(&mut c);
         }

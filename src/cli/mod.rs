@@ -6,12 +6,14 @@ mod bench;
 pub mod data;
 mod device;
 pub mod doctor;
+mod encode;
 mod export;
 mod flags;
 mod frames;
 mod images;
 mod import;
 mod import_check;
+mod latents;
 mod nll;
 mod plan;
 mod plot;
@@ -80,9 +82,17 @@ enum Command {
     Train(Box<train::TrainArgs>),
     /// Make pictures with a trained model
     #[command(after_help = "Examples:\n  iddpm sample\n  iddpm sample --model-path runs/cifar --use-ddim \
-        --timestep-respacing 50 --num-samples 16\n  iddpm sample --model-path runs/cond --labels 3,5 --device cuda\n  iddpm sample \
-        --strip strip.png --animation walk.gif --frame-of xt")]
+        --timestep-respacing 50 --num-samples 16\n  iddpm sample --model-path runs/cond --labels 3,5 --guidance 3 --device cuda\n  iddpm \
+        sample --strip strip.png --animation walk.gif --frame-of xt\n  iddpm sample --sampler dpm-solver++ \
+        --timestep-respacing logsnr20\n  iddpm sample --interpolate 3,8")]
     Sample(Box<sample::SampleArgs>),
+    /// Turn images into the noise that they come from
+    #[command(
+        after_help = "Examples:\n  iddpm encode --num-samples 10 --timestep-respacing 250\n  iddpm encode --model-path \
+        runs/cifar --data-dir photos\nBack again:\n  iddpm sample --latents runs/digits/latents/latents_10x16x16x1.npz \
+        --timestep-respacing 250"
+    )]
+    Encode(Box<encode::EncodeArgs>),
     /// Measure bits/dim by the variational bound
     #[command(after_help = "Examples:\n  iddpm nll --num-samples 50\n  iddpm nll --model-path runs/cifar --data-dir \
         cifar-10-batches-bin --split test --num-samples 200 --device cuda")]
@@ -202,6 +212,7 @@ fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Train(a) => train::main(&a, g),
         Command::Sample(a) => sample::main(&a, g),
+        Command::Encode(a) => encode::main(&a, g),
         Command::Nll(a) => nll::main(&a, g),
         Command::Plan(a) => plan::main(&a, g),
         Command::SuperRes(SuperResCommand::Train(a)) => train::super_res(&a, g),

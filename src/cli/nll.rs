@@ -27,7 +27,7 @@ pub struct NllArgs {
     /// Terms evaluated at the same time; the result does not depend on it
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..=65_536))]
     batch_size: u64,
-    /// Steps to use: 250, 10,15,20 or ddim50 [default: those of training]
+    /// Steps to use: 250, 10,15,20, ddim50 or logsnr20 [default: those of training]
     #[arg(long)]
     timestep_respacing: Option<String>,
     /// Clip predicted images to the range of pixels [default: True]

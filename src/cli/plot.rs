@@ -66,7 +66,7 @@ pub struct ScheduleArgs {
     /// Steps T of the process; several are compared
     #[arg(long, value_delimiter = ',', default_value = "1000")]
     diffusion_steps: Vec<usize>,
-    /// Steps to use: 250, 10,15,20 or ddim50 [default: all]
+    /// Steps to use: 250, 10,15,20, ddim50 or logsnr20 [default: all]
     #[arg(long)]
     timestep_respacing: Option<String>,
     #[command(flatten)]

@@ -3,6 +3,7 @@
 use super::flags::{self, BOOL, ModelFlags};
 use super::frames::FrameFlags;
 use super::images;
+use super::latents::{LatentFlags, Start};
 use super::progress::Progress;
 use super::{Global, create_folder, open_model};
 use crate::config::{Config, DataConfig};
@@ -13,11 +14,13 @@ use crate::grid::{self, ToByte};
 use crate::npz::{self, Array};
 use crate::ops::p_sample::Reverse;
 use crate::sampler::{Pictures, SampleSettings, Sampler, Walk};
-use clap::Args;
-use std::path::PathBuf;
+use clap::{Args, ValueEnum};
+use std::path::{Path, PathBuf};
 
 /// Largest number of pictures that also become single files without being asked.
 const FILES: usize = 1000;
+/// Pictures, if no number is asked for.
+const PICTURES: u64 = 64;
 /// Pictures in a grid.
 const GRID: usize = 256;
 
@@ -27,21 +30,30 @@ pub struct SampleArgs {
     /// Checkpoint, or a run's folder for its newest one
     #[arg(long, value_name = "PATH", default_value = "runs/digits")]
     model_path: PathBuf,
-    /// Number of pictures
-    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..=10_000_000))]
-    num_samples: u64,
+    /// Number of pictures; with --interpolate those of a row [default: 64; of --latents all; in a row 8]
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=10_000_000))]
+    num_samples: Option<u64>,
     /// Pictures made at the same time; the result does not depend on it
     #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u64).range(1..=65_536))]
     batch_size: u64,
-    /// Steps to use: 250, 10,15,20 or ddim50 [default: those of training]
+    /// Steps to use: 250, 10,15,20, ddim50 or logsnr20 [default: those of training]
     #[arg(long)]
     timestep_respacing: Option<String>,
-    /// DDIM rather than ancestral sampling
+    /// How a picture comes out of noise [default: ancestral]
+    #[arg(long, value_enum)]
+    sampler: Option<Kind>,
+    /// The same as --sampler ddim
     #[arg(long, value_name = BOOL)]
     use_ddim: Option<bool>,
-    /// Noise of DDIM: 0 is none, 1 is as much as ancestral sampling
+    /// Noise of DDIM, 0 to 1: 0 is none, 1 is as much as ancestral sampling
     #[arg(long)]
     eta: Option<f64>,
+    /// Classifier-free guidance of a model trained with --label-dropout: 1 is none, 2 to 4 are usual
+    #[arg(long, value_name = "WEIGHT")]
+    guidance: Option<f64>,
+    /// Bound predicted images by this quantile of their magnitudes and scale them, rather than clip: 0.995
+    #[arg(long, value_name = "QUANTILE")]
+    dynamic_threshold: Option<f64>,
     /// Clip predicted images to the range of pixels [default: True]
     #[arg(long, value_name = BOOL)]
     clip_denoised: Option<bool>,
@@ -58,9 +70,37 @@ pub struct SampleArgs {
     #[arg(long, value_name = BOOL)]
     files: Option<bool>,
     #[command(flatten)]
+    latents: LatentFlags,
+    #[command(flatten)]
     frames: FrameFlags,
     #[command(flatten)]
     model: ModelFlags,
+}
+
+/// The samplers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Kind {
+    /// Draws every step: the reference's, best with many
+    Ancestral,
+    /// First order, without noise unless --eta asks for it
+    Ddim,
+    /// Second order from the prediction before, one call of the network a step: for 10 to 50 steps
+    #[value(name = "dpm-solver++", alias = "dpm-solver")]
+    DpmSolver,
+    /// Second order, two calls of the network a step
+    Heun,
+}
+
+impl Kind {
+    /// What it is called in a sentence.
+    fn title(self) -> &'static str {
+        match self {
+            Kind::Ancestral => "ancestral",
+            Kind::Ddim => "DDIM",
+            Kind::DpmSolver => "DPM-Solver++",
+            Kind::Heun => "Heun",
+        }
+    }
 }
 
 /// Samples.
@@ -69,6 +109,7 @@ pub struct SampleArgs {
 /// [`Error::Checkpoint`], [`Error::Config`] for flags that disagree with it, [`Error::Io`].
 pub fn main(a: &SampleArgs, g: &Global) -> Result<()> {
     a.model.notes();
+    let mut settings = a.settings()?;
     let mut model = open_model(&a.model_path, &a.model, a.ema_rate, g)?;
     let config = model.checkpoint.progress.config.clone();
     let path = model.checkpoint.path().to_path_buf();
@@ -79,50 +120,101 @@ pub fn main(a: &SampleArgs, g: &Global) -> Result<()> {
     if let Some(steps) = &a.timestep_respacing {
         process.timestep_respacing.clone_from(steps);
     }
-    let base = a.base(&config)?;
-    let labels = a.labels(&config, base.as_ref())?;
-    let batch = a.batch_size.min(a.num_samples) as usize;
-    let settings = SampleSettings { reverse: a.reverse()?, clip: a.clip_denoised.unwrap_or(true), batch };
-    let sampler = Sampler::new(&mut model.device, &config.model, &process, &model.params, &settings)?;
+    a.advise(&process.timestep_respacing)?;
     let size = [config.model.image_size, config.model.image_size, config.model.in_channels];
-    let mut trajectory = a.frames.trajectory(size, a.num_samples as usize, sampler.steps())?;
+    let (base, start) = (a.base(&config)?, a.latents.start(size, a.num_samples)?);
+    let n = start.as_ref().map_or(a.num_samples.unwrap_or(PICTURES) as usize, |s| s.pictures);
+    let labels = a.labels(&config, base.as_ref(), start.as_ref(), n)?;
+    settings.batch = settings.batch.min(n);
+    let sampler = Sampler::new(&mut model.device, &config.model, &process, &model.params, &settings)?;
+    let mut trajectory = a.frames.trajectory(size, n, sampler.steps())?;
     let out = g.out.clone().unwrap_or_else(|| path.with_file_name("samples"));
     create_folder(&out)?;
     println!("model     {} (step {}, {})", path.display(), model.checkpoint.progress.step, model.weights);
-    println!("sampling  {} pictures, {} {} steps", a.num_samples, sampler.steps(), a.kind());
+    let (steps, calls) = (sampler.steps(), sampler.calls());
+    let work = if calls == steps { String::new() } else { format!(" ({calls} calls of the network)") };
+    println!("sampling  {n} pictures, {steps} {} steps{work}", a.kind()?.title());
 
     let seed = g.seed.unwrap_or(0);
-    let seeds: Vec<u64> = (0..a.num_samples).map(|i| seed.wrapping_add(i)).collect();
+    let seeds: Vec<u64> = (0..n as u64).map(|i| seed.wrapping_add(i)).collect();
     let mut progress = Progress::new("steps");
     let pictures = Pictures { seeds: &seeds, labels: labels.as_deref() };
     let each = &mut |walk: &Walk| {
         progress.at(walk.done, walk.total);
         trajectory.take(walk)
     };
-    let x = match &base {
-        Some(set) => sampler.enlarge(&mut model.device, pictures, &LowRes::exactly(set), each)?,
-        None => sampler.run(&mut model.device, pictures, each)?,
+    let x = match (&base, &start) {
+        (Some(set), None) => sampler.enlarge(&mut model.device, pictures, &LowRes::exactly(set), each)?,
+        (None, Some(start)) => sampler.run_from(&mut model.device, pictures, &start.x, each)?,
+        (None, None) => sampler.run(&mut model.device, pictures, each)?,
+        (Some(_), Some(_)) => {
+            return Err(Error::Config("--base-samples and --latents or --interpolate: give one".into()));
+        }
     };
     let seconds = progress.finish();
-    println!("time      {seconds:.1} s, {:.2} pictures/s", a.num_samples as f64 / seconds);
-    a.write(&out, &x, &config, labels.as_deref())?;
+    println!("time      {seconds:.1} s, {:.2} pictures/s", n as f64 / seconds);
+    a.write(&out, &x, &config, labels.as_deref(), start.and_then(|s| s.columns))?;
     trajectory.write()
 }
 
 impl SampleArgs {
-    fn reverse(&self) -> Result<Reverse> {
-        match (self.use_ddim.unwrap_or(false), self.eta) {
-            (false, Some(eta)) => Err(Error::Config(format!("--eta {eta} needs --use-ddim"))),
-            (true, Some(eta)) if !(0.0..=1.0).contains(&eta) => {
-                Err(Error::Config(format!("--eta {eta}: must lie between 0 and 1")))
+    fn kind(&self) -> Result<Kind> {
+        match (self.sampler, self.use_ddim) {
+            (Some(kind), Some(ddim)) if ddim != (kind == Kind::Ddim) => {
+                Err(Error::Config(format!("--sampler {} disagrees with --use-ddim {ddim}: leave one out", name(kind))))
             }
-            (true, eta) => Ok(Reverse::Ddim(eta.unwrap_or(0.0))),
-            (false, None) => Ok(Reverse::Ancestral),
+            (Some(kind), _) => Ok(kind),
+            (None, Some(true)) => Ok(Kind::Ddim),
+            (None, None) if self.latents.given() => Ok(Kind::Ddim),
+            (None, _) => Ok(Kind::Ancestral),
         }
     }
 
-    fn kind(&self) -> &'static str {
-        if self.use_ddim == Some(true) { "DDIM" } else { "ancestral" }
+    /// Tells of a choice of steps that does not suit the sampler.
+    fn advise(&self, respacing: &str) -> Result<()> {
+        if self.kind()? == Kind::DpmSolver && respacing.trim().parse::<usize>().is_ok() {
+            eprintln!(
+                "note: dpm-solver++ extrapolates from step to step and is best with even steps of the log-SNR: \
+                 --timestep-respacing logsnr{respacing}"
+            );
+        }
+        Ok(())
+    }
+
+    fn settings(&self) -> Result<SampleSettings> {
+        if let (Some(quantile), Some(false)) = (self.dynamic_threshold, self.clip_denoised) {
+            let what = format!("--dynamic-threshold {quantile} bounds predicted images: leave --clip-denoised out");
+            return Err(Error::Config(what));
+        }
+        let settings = SampleSettings {
+            reverse: self.reverse()?,
+            clip: self.clip_denoised.unwrap_or(true),
+            batch: self.batch_size as usize,
+            guidance: self.guidance,
+            dynamic_threshold: self.dynamic_threshold,
+        };
+        settings.validate()?;
+        if self.latents.given() && settings.reverse.draws() {
+            return Err(Error::Config(format!(
+                "--sampler {}{} draws noise on the way, so that its pictures are no function of their latents: use ddim \
+                 without --eta, dpm-solver++ or heun",
+                name(self.kind()?),
+                self.eta.map_or(String::new(), |eta| format!(" --eta {eta}")),
+            )));
+        }
+        Ok(settings)
+    }
+
+    fn reverse(&self) -> Result<Reverse> {
+        match (self.kind()?, self.eta) {
+            (Kind::Ddim, eta) => Ok(Reverse::Ddim(eta.unwrap_or(0.0))),
+            (kind, Some(eta)) => {
+                Err(Error::Config(format!("--eta {eta} needs --sampler ddim or --use-ddim: {} has none", name(kind))))
+            }
+            (Kind::Ancestral, None) => Ok(Reverse::Ancestral),
+            (Kind::DpmSolver, None) => Ok(Reverse::DpmSolver),
+            (Kind::Heun, None) => Ok(Reverse::Heun),
+        }
     }
 
     /// The small images to enlarge, at the size of the model.
@@ -141,24 +233,41 @@ impl SampleArgs {
         }
     }
 
-    /// Class of each picture: those asked for in turn, those of the small images, or all classes in turn.
-    fn labels(&self, config: &Config, base: Option<&Dataset>) -> Result<Option<Vec<i32>>> {
+    /// Class of each of `n` pictures: those asked for in turn, those of the latents or of the small images, or all classes in turn;
+    /// the pictures of a row of --interpolate share one.
+    fn labels(
+        &self,
+        config: &Config,
+        base: Option<&Dataset>,
+        start: Option<&Start>,
+        n: usize,
+    ) -> Result<Option<Vec<i32>>> {
         let Some(classes) = config.model.num_classes else {
             return match &self.labels {
                 None => Ok(None),
                 Some(_) => Err(Error::Config("--labels: the model was trained without --class-cond".into())),
             };
         };
-        let of_base = base.and_then(|set| set.labels.clone());
-        let asked = match &self.labels {
-            None if of_base.is_some() => of_base.unwrap_or_default(),
-            None => (0..classes as i32).collect::<Vec<_>>(),
-            Some(words) => words.iter().map(|w| class(w, classes, &config.data)).collect::<Result<_>>()?,
+        let known = start.and_then(|s| s.labels.clone()).or_else(|| base.and_then(|set| set.labels.clone()));
+        let asked = match (&self.labels, known) {
+            (None, Some(known)) if start.is_some() => return Ok(Some(known)),
+            (None, Some(known)) => known,
+            (None, None) => (0..classes as i32).collect::<Vec<_>>(),
+            (Some(words), _) => words.iter().map(|w| class(w, classes, &config.data)).collect::<Result<_>>()?,
         };
-        Ok(Some((0..self.num_samples as usize).map(|i| asked[i % asked.len()]).collect()))
+        let columns = start.and_then(|s| s.columns).unwrap_or(1);
+        Ok(Some((0..n).map(|i| asked[i / columns % asked.len()]).collect()))
     }
 
-    fn write(&self, out: &std::path::Path, x: &[f32], config: &Config, labels: Option<&[i32]>) -> Result<()> {
+    /// Writes the pictures; those of --interpolate in rows of `columns`.
+    fn write(
+        &self,
+        out: &Path,
+        x: &[f32],
+        config: &Config,
+        labels: Option<&[i32]>,
+        columns: Option<usize>,
+    ) -> Result<()> {
         if let Some(bad) = x.iter().find(|x| !x.is_finite()) {
             return Err(Error::NonFinite(format!(
                 "a picture holds {bad}: the weights are damaged, use an older checkpoint"
@@ -175,10 +284,12 @@ impl SampleArgs {
         println!("colour    {}", images::brightness(&bytes, &config.data));
         println!("written   {}", npz.display());
         if c == 1 || c == 3 {
-            let shown = &bytes[..n.min(GRID) * h * w * c];
-            let images = grid::Images::new(size, shown);
-            let path = out.join("grid.png");
-            images.write_grid(&path, images.visible_scale())?;
+            let shown = grid::Images::new(size, &bytes[..if columns.is_some() { n } else { n.min(GRID) } * h * w * c]);
+            let path = out.join(if columns.is_some() { "interpolation.png" } else { "grid.png" });
+            match columns {
+                Some(columns) => shown.write_table(&path, columns, shown.visible_scale())?,
+                None => shown.write_grid(&path, shown.visible_scale())?,
+            }
             println!("          {}", path.display());
             if self.files.unwrap_or(n <= FILES) {
                 let folder = out.join("images");
@@ -188,6 +299,11 @@ impl SampleArgs {
         }
         Ok(())
     }
+}
+
+/// The name of a sampler on the command line.
+fn name(kind: Kind) -> String {
+    kind.to_possible_value().map_or_else(String::new, |v| v.get_name().to_string())
 }
 
 /// The number of the class called `word`, or written as a number.

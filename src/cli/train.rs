@@ -259,7 +259,8 @@ impl Preview {
                 if t.process_steps() > PREVIEW_STEPS {
                     process.timestep_respacing = PREVIEW_STEPS.to_string();
                 }
-                let settings = SampleSettings { reverse: Reverse::Ddim(0.0), clip: true, batch: count };
+                let settings =
+                    SampleSettings { reverse: Reverse::Ddim(0.0), batch: count, ..SampleSettings::default() };
                 match Sampler::new(&mut t.device, &c.model, &process, &t.params, &settings) {
                     Ok(sampler) => none.insert(sampler),
                     // Training goes on where there is no memory left for pictures.

@@ -24,6 +24,10 @@ impl Config {
         check(!(self.train.flip && self.model.low_res.is_some()), || {
             "--flip would mirror the large images and not the small ones of --small-size: leave it out".into()
         })?;
+        check(self.train.label_dropout == 0.0 || self.model.null_class, || {
+            let p = self.train.label_dropout;
+            format!("--label-dropout {p} replaces labels by a null class, which --null-class False leaves out")
+        })?;
         let halves = if self.diffusion.learns_variance() { 2 } else { 1 };
         let (have, need) = (self.model.out_channels, halves * self.model.in_channels);
         check(have == need, || {
@@ -155,6 +159,7 @@ impl TrainConfig {
     pub fn validate(&self) -> Result<()> {
         within("batch-size", self.batch_size, 1, 65_536)?;
         within("microbatch", self.microbatch, 0, self.batch_size)?;
+        within("label-dropout", self.label_dropout, 0.0, 0.99)?;
         within("steps", self.steps, 1, u64::from(u32::MAX))?;
         within("lr", self.lr, 0.0, 10.0)?;
         within("weight-decay", self.weight_decay, 0.0, 10.0)?;
@@ -214,6 +219,7 @@ mod tests {
             (message(|c| c.train.lr = f64::NAN), vec!["--lr NaN"]),
             (message(|c| c.train.lr_anneal_steps = 10), vec!["500000", "10"]),
             (message(|c| c.train.ema_rates = vec![0.9, 0.9]), vec!["0.9", "twice"]),
+            (message(|c| c.train.label_dropout = 0.1), vec!["--label-dropout 0.1", "--null-class"]),
             (message(|c| c.train.microbatch = 33), vec!["--microbatch 33", "32"]),
         ];
         for (text, parts) in cases {

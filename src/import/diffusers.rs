@@ -184,9 +184,11 @@ fn attention_levels(f: &Fields, levels: usize) -> std::result::Result<Vec<usize>
 fn process(config: &Value, model: &ModelConfig) -> std::result::Result<DiffusionConfig, String> {
     let f = Fields(config);
     let diffusion_steps = f.count("num_train_timesteps", 1000)?;
-    let noise_schedule = match f.text("beta_schedule", "linear")?.as_str() {
-        _ if let Some(betas) = f.field("trained_betas") => written_out(betas, diffusion_steps)?,
-        "linear" => {
+    let listed = f.field("trained_betas").map(|betas| written_out(betas, diffusion_steps)).transpose()?;
+    let named = f.text("beta_schedule", "linear")?;
+    let noise_schedule = match (listed, named.as_str()) {
+        (Some(schedule), _) => schedule,
+        (None, "linear") => {
             let scale = 1000.0 / diffusion_steps as f64;
             let (start, end) = (f.number("beta_start", 1e-4)?, f.number("beta_end", 0.02)?);
             if (start - scale * 1e-4).abs() > 1e-9 || (end - scale * 0.02).abs() > 1e-7 {
@@ -198,8 +200,8 @@ fn process(config: &Value, model: &ModelConfig) -> std::result::Result<Diffusion
             }
             Schedule::Linear
         }
-        "squaredcos_cap_v2" => Schedule::Cosine,
-        other => return Err(format!("beta_schedule {other:?}: only \"linear\" and \"squaredcos_cap_v2\"")),
+        (None, "squaredcos_cap_v2") => Schedule::Cosine,
+        (None, other) => return Err(format!("beta_schedule {other:?}: only \"linear\" and \"squaredcos_cap_v2\"")),
     };
     let mean_type = match f.text("prediction_type", "epsilon")?.as_str() {
         "epsilon" => MeanType::Epsilon,
@@ -470,7 +472,7 @@ pub fn unet_config(m: &ModelConfig) -> Result<Value> {
         "attn_norm_num_groups": 32,
         "norm_eps": m.norm_eps,
         "resnet_time_scale_shift": if m.use_scale_shift_norm { "scale_shift" } else { "default" },
-        "num_class_embeds": m.num_classes,
+        "num_class_embeds": m.class_rows(),
         "add_attention": true,
     }))
 }

@@ -87,7 +87,9 @@ impl Source {
             Known::Whole(config) => *c = config.clone(),
             Known::Settings(model, diffusion) => {
                 let image_size = if model.image_size == 0 { c.model.image_size } else { model.image_size };
-                c.model = ModelConfig { image_size, ..model.clone() };
+                let null_class = c.model.null_class && model.num_classes.is_some_and(|rows| rows > 1);
+                let num_classes = model.num_classes.map(|rows| rows - usize::from(null_class));
+                c.model = ModelConfig { image_size, null_class, num_classes, ..model.clone() };
                 match diffusion {
                     Some(d) => c.diffusion = DiffusionConfig { loss_type: c.diffusion.loss_type, ..d.clone() },
                     None if model.out_channels == 2 * model.in_channels => c.diffusion.var_type = VarType::LearnedRange,
@@ -112,7 +114,12 @@ impl Source {
     pub fn fits(&self, m: &ModelConfig) -> bool {
         match &self.known {
             Known::Shape(d) => d.fits(m),
-            Known::Settings(model, _) | Known::Whole(Config { model, .. }) => model == m,
+            Known::Settings(..) => {
+                let mut c = Config { model: m.clone(), ..Config::default() };
+                self.apply(&mut c);
+                c.model == *m
+            }
+            Known::Whole(Config { model, .. }) => model == m,
         }
     }
 

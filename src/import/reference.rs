@@ -79,8 +79,8 @@ pub struct Deduced {
     pub channel_mult: Vec<usize>,
     /// Downsampling factors of the levels with attention.
     pub attention_resolutions: Vec<usize>,
-    /// Classes.
-    pub num_classes: Option<usize>,
+    /// Rows of the class table; whether the last is a null class is not told.
+    pub class_rows: Option<usize>,
     /// Time embedding as scale and shift.
     pub use_scale_shift_norm: bool,
     /// Resampling with convolutions.
@@ -130,7 +130,7 @@ impl Deduced {
             num_res_blocks: per_level.saturating_sub(1),
             channel_mult: vec![],
             attention_resolutions: vec![],
-            num_classes: if has("label_emb.weight") { Some(dims("label_emb.weight", 2)?[0]) } else { None },
+            class_rows: if has("label_emb.weight") { Some(dims("label_emb.weight", 2)?[0]) } else { None },
             use_scale_shift_norm: false,
             conv_resample: convs > 0 || enlarging > 0 || levels == 1,
             resblock_updown: enlarging > 0,
@@ -162,7 +162,8 @@ impl Deduced {
         m.num_res_blocks = self.num_res_blocks;
         m.channel_mult = self.channel_mult.clone();
         m.attention_resolutions = self.attention_resolutions.clone();
-        m.num_classes = self.num_classes;
+        m.null_class &= self.class_rows.is_some_and(|rows| rows > 1);
+        m.num_classes = self.class_rows.map(|rows| rows - usize::from(m.null_class));
         m.use_scale_shift_norm = self.use_scale_shift_norm;
         m.conv_resample = self.conv_resample;
         m.resblock_updown = self.resblock_updown;

@@ -8,6 +8,7 @@ pub mod add;
 pub mod attention;
 pub mod avg_pool;
 pub mod conv2d;
+pub mod dynamic_threshold;
 pub mod embedding;
 pub mod fast;
 pub mod grad_norm;
@@ -173,6 +174,8 @@ ops! {
     GradNorm(grad_norm::GradNorm),
     /// Optimiser step and moving averages.
     AdamwEma(adamw_ema::AdamwEma),
+    /// The dynamic threshold of the x_0 that a reverse step predicts.
+    DynamicThreshold(dynamic_threshold::DynamicThreshold),
     /// One reverse step.
     PSample(p_sample::PSample),
     /// Terms of the variational bound.
@@ -187,7 +190,7 @@ pub struct Control {
     pub seed: u64,
     /// Training step, counted from 0.
     pub step: u32,
-    /// Sampling: index of the reverse step in the process in use.
+    /// Sampling: index of the reverse step in the process in use; see [`p_sample::Pass::row`].
     pub t: u32,
     /// Learning rate.
     pub lr: f32,

@@ -8,6 +8,7 @@ use super::log::{Meter, Terms};
 use super::{Report, Trainer};
 use crate::error::{Error, Result};
 use crate::ops::Control;
+use crate::rng;
 
 /// A step that was started.
 #[derive(Clone, Copy, Debug)]
@@ -71,8 +72,12 @@ impl Trainer {
         let index = self.batches.next();
         page.input_mut::<u32>(graph, vals.index).copy_from_slice(index);
         if let Some(v) = vals.labels {
-            let labels = page.input_mut::<i32>(graph, v).iter_mut().zip(index);
-            labels.for_each(|(label, &i)| *label = self.labels[i as usize]);
+            let (p, seed) = (self.config.train.label_dropout, self.config.train.seed);
+            let null = self.config.model.null_label();
+            for (n, (label, &i)) in page.input_mut::<i32>(graph, v).iter_mut().zip(index).enumerate() {
+                let null = null.filter(|_| rng::drops_label(p, seed, n as u32, flight.step as u32));
+                *label = null.unwrap_or(self.labels[i as usize]);
+            }
         }
         if let (Some(v), Some(low_res)) = (vals.low_res, &self.low_res) {
             let size = graph.shape(v).len() / index.len();

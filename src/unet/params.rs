@@ -81,7 +81,7 @@ impl Params {
         let mut p = Params::default();
         p.linear("time_embed.0", base, emb);
         p.linear("time_embed.2", emb, emb);
-        if let Some(classes) = config.num_classes {
+        if let Some(classes) = config.class_rows() {
             p.add("label_emb.weight".into(), vec![classes, emb], Init::Normal);
         }
         for block in a.blocks() {

@@ -220,7 +220,7 @@ fn sampled_and_measured(mut device: Device, reverse: Reverse) -> (Vec<f32>, Vec<
     let (model, diffusion) = tiny();
     let params = Params::new(&model);
     device.write_region(Region::Params, &weights(&params)).unwrap();
-    let settings = SampleSettings { reverse, clip: false, batch: 2 };
+    let settings = SampleSettings { reverse, clip: false, batch: 2, ..SampleSettings::default() };
     let sampler = Sampler::new(&mut device, &model, &diffusion, &params, &settings).unwrap();
     let pictures = Pictures { seeds: &[1, 2, 3, 4, 5], labels: Some(&[0, 1, 2, 0, 1]) };
     let images = sampler.run(&mut device, pictures, &mut |_| Ok(())).unwrap();
@@ -242,6 +242,32 @@ fn samples_and_bits_per_dim_follow_the_processor() {
             let off = [distance(&ours, &images), distance(&our_bits, &bits)];
             println!("{reverse:?} {precision:?}: pictures {:.1e} off, bits/dim {:.1e}", off[0], off[1]);
             assert!(off.iter().all(|&off| off <= bound), "{reverse:?} {precision:?}: {off:?} off, bound {bound:e}");
+        }
+    }
+}
+
+/// Guidance sees every picture twice, the threshold selects from what it says, the solvers remember: whole walks of all together.
+#[test]
+fn steered_samples_follow_the_processor() {
+    let sampled = |mut device: Device, reverse| {
+        let (mut model, diffusion) = tiny();
+        model.null_class = true;
+        let params = Params::new(&model);
+        device.write_region(Region::Params, &weights(&params)).unwrap();
+        let settings =
+            SampleSettings { reverse, clip: true, batch: 2, guidance: Some(2.0), dynamic_threshold: Some(0.9) };
+        let sampler = Sampler::new(&mut device, &model, &diffusion, &params, &settings).unwrap();
+        let pictures = Pictures { seeds: &[1, 2, 3], labels: Some(&[0, 2, 1]) };
+        sampler.run(&mut device, pictures, &mut |_| Ok(())).unwrap()
+    };
+    for reverse in [Reverse::DpmSolver, Reverse::Heun] {
+        let images = sampled(Device::cpu(0).unwrap(), reverse);
+        assert!(images.iter().all(|x| x.is_finite()));
+        // As above, times 3 for the difference that guidance takes.
+        for (precision, bound) in [(Precision::F32, 6e-6), (Precision::Bf16, 3.0 * 10f64.sqrt() / 512.0)] {
+            let off = distance(&sampled(emulated(precision), reverse), &images);
+            println!("{reverse:?} {precision:?}: pictures {off:.1e} off");
+            assert!(off <= bound, "{reverse:?} {precision:?}: {off:e} off, bound {bound:e}");
         }
     }
 }

@@ -2,6 +2,7 @@
 
 mod losses;
 mod process;
+mod solvers;
 mod timestep;
 mod walks;
 

@@ -355,7 +355,7 @@ fn sample(batch: usize, reverse: Reverse, threads: usize, config: &ModelConfig) 
     let params = Params::new(config);
     let mut device = Device::cpu(threads).unwrap();
     device.write_region(Region::Params, &weights(&params, 4)).unwrap();
-    let settings = SampleSettings { reverse, clip: true, batch };
+    let settings = SampleSettings { reverse, batch, ..SampleSettings::default() };
     let diffusion = DiffusionConfig {
         var_type: if config.out_channels > config.in_channels { VarType::LearnedRange } else { VarType::FixedLarge },
         ..process()
@@ -394,7 +394,7 @@ fn sampling_refuses_wrong_labels() {
     let config = tiny_other();
     let params = Params::new(&config);
     let mut device = device();
-    let settings = SampleSettings { reverse: Reverse::Ancestral, clip: true, batch: 2 };
+    let settings = SampleSettings { batch: 2, ..SampleSettings::default() };
     let diffusion = DiffusionConfig { var_type: VarType::FixedSmall, ..process() };
     let sampler = Sampler::new(&mut device, &config, &diffusion, &params, &settings).unwrap();
     for (labels, word) in [(None, "5 classes"), (Some(&[0, 5][..]), "label 5"), (Some(&[0][..]), "1 labels")] {

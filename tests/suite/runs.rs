@@ -16,7 +16,6 @@ use iddpm::graph::{DType, Graph, Region, Shape};
 use iddpm::nll::{Evaluated, Nll, NllSettings};
 use iddpm::ops::grad_norm::GradNorm;
 #[cfg(feature = "emulator")]
-use iddpm::ops::p_sample::Reverse;
 #[cfg(feature = "emulator")]
 use iddpm::sampler::{self, Pictures, SampleSettings, Sampler};
 use iddpm::train::log::Meter;
@@ -83,7 +82,7 @@ fn a_step_is_one_graph_and_nothing_waits_for_it() {
     // These plans round the weights that training has changed: one kernel.
     let mut process = c.diffusion.clone();
     process.timestep_respacing = "5".into();
-    let settings = SampleSettings { reverse: Reverse::Ancestral, clip: true, batch: 2 };
+    let settings = SampleSettings { batch: 2, ..SampleSettings::default() };
     let sampler = Sampler::new(&mut t.device, &c.model, &process, &t.params, &settings).unwrap();
     let pictures = Pictures { seeds: &[1, 2], labels: None };
     let walk = |t: &mut Trainer| drop(sampler.run(&mut t.device, pictures, &mut |_| Ok(())).unwrap());
@@ -246,7 +245,7 @@ fn memory_that_is_too_small_is_told_with_what_would_fit() {
 #[test]
 fn a_batch_that_is_too_large_is_told_with_one_that_fits() {
     let (c, params) = (config(), Params::new(&config().model));
-    let settings = |batch| SampleSettings { reverse: Reverse::Ancestral, clip: true, batch };
+    let settings = |batch| SampleSettings { batch, ..SampleSettings::default() };
     let mut device = emulated(0);
     let plan = |batch| sampler::plan(&c.model, &c.diffusion, &params, &settings(batch), device.target()).unwrap();
     let memory = plan(16).bytes();

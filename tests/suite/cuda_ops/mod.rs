@@ -8,6 +8,7 @@ mod bound;
 mod golden;
 mod optimiser;
 mod sampling;
+mod steer;
 mod timestep;
 
 use half::bf16;

@@ -113,9 +113,10 @@ fn reverse_step(
     let x = fixed("x", s, DType::F32, Region::State);
     // The lean form of sampling has the copy alone, the one that is watched the prediction too.
     let copy = half.then(|| fixed("copy", s, DType::Bf16, Region::State));
-    let x_0 = (!half).then(|| fixed("x_0", s, DType::F32, Region::State));
+    let x_0 = (!half || reverse.remembers()).then(|| fixed("x_0", s, DType::F32, Region::State));
     let (noise, process) = (None, process.clone());
-    let op = PSample { x, copy, x_0, out, seeds, noise, control, reverse, output, clip, process };
+    let (guidance, threshold) = (None, None);
+    let op = PSample { x, copy, x_0, out, seeds, noise, control, reverse, output, guidance, clip, threshold, process };
     g.push(op.clone());
     Step { g, op }
 }
@@ -125,6 +126,11 @@ const SEEDS: [u64; 3] = [3, 0xffff_0000_0000_0001, 99];
 impl Step {
     fn x_t(&self) -> Vec<f32> {
         normals(self.g.shape(self.op.x).len(), 1)
+    }
+
+    /// The prediction of the call before.
+    fn before(&self) -> Vec<f32> {
+        normals(self.g.shape(self.op.x).len(), 3)
     }
 
     /// The network's output, with log-variances near the ends of the range and far outside.
@@ -146,12 +152,18 @@ impl Step {
         d.write(id, self.op.seeds, &words).unwrap();
         d.write(id, self.op.control, &[Control { t: t as u32, ..CONTROL }]).unwrap();
         write(d, id, self.op.x, &self.x_t());
+        if let Some(x_0) = self.op.x_0 {
+            write(d, id, x_0, &self.before());
+        }
         write(d, id, self.op.out, &self.out());
     }
 
     /// x_{t-1}, x_0 and the size of what x_{t-1} is a sum of, by the specification.
-    fn specified(&self, t: usize) -> Vec<[f64; 3]> {
+    fn specified(&self, row: usize) -> Vec<[f64; 3]> {
+        let (steps, before) = (self.op.process.steps(), self.before());
+        let t = row % steps;
         let (op, c, s) = (&self.op, self.op.process.at(t), self.g.shape(self.op.x));
+        let reverse = if op.reverse == Reverse::Heun && row < steps { Reverse::Ddim(0.0) } else { op.reverse };
         let (x_t, out, size, stride) = (self.x_t(), self.out(), s.len() / s.n, op.output.channels(s.c));
         let mut noise = vec![0.0; s.len()];
         for (noise, seed) in noise.chunks_exact_mut(size).zip(SEEDS) {
@@ -165,7 +177,8 @@ impl Step {
                 let p = gaussian::p_mean_variance(&c, op.output, x, (f64::from(out[o]), var), clip(op.clip));
                 let noise = if t > 0 { f64::from(noise[i]) } else { 0.0 };
                 let eps = || gaussian::eps_from_x_0(&c, x, p.x_0);
-                let [a, b, d] = match op.reverse {
+                let solver = |[a, b, k]: [f64; 3]| [a * p.x_0, b * f64::from(before[i]), k * x];
+                let [a, b, d] = match reverse {
                     Reverse::Ancestral => [p.mean, 0.0, (0.5 * p.log_variance).exp() * noise],
                     Reverse::Ddim(eta) => {
                         let (keep, eps_scale, sigma) = reverse::ddim_coefs(&c, eta);
@@ -174,6 +187,8 @@ impl Step {
                     Reverse::DdimReverse => {
                         [c.alpha_bar_next.sqrt() * p.x_0, (1.0 - c.alpha_bar_next).sqrt() * eps(), 0.0]
                     }
+                    Reverse::DpmSolver => solver(reverse::dpm_solver_coefs(&c)),
+                    Reverse::Heun => solver(reverse::heun_coefs(&c)),
                 };
                 // The mean itself is coef1 x_0 + coef2 x_t, whose terms may cancel.
                 let size = (c.coef1 * p.x_0).abs() + (c.coef2 * x).abs() + a.abs() + b.abs() + d.abs();
@@ -207,7 +222,14 @@ impl Step {
     }
 }
 
-const REVERSES: [Reverse; 4] = [Reverse::Ancestral, Reverse::Ddim(0.0), Reverse::Ddim(0.7), Reverse::DdimReverse];
+const REVERSES: [Reverse; 6] = [
+    Reverse::Ancestral,
+    Reverse::Ddim(0.0),
+    Reverse::Ddim(0.7),
+    Reverse::DdimReverse,
+    Reverse::DpmSolver,
+    Reverse::Heun,
+];
 
 #[test]
 fn p_sample_matches_the_specification() {
@@ -218,12 +240,28 @@ fn p_sample_matches_the_specification() {
                     // Every combination at one size, all sizes among the combinations.
                     let size = SIZES[(k + j + t) % 4];
                     for (half, clip) in [(false, true), (true, false)] {
-                        reverse_step(half, size, &process, output, reverse, clip).check(t);
+                        let step = reverse_step(half, size, &process, output, reverse, clip);
+                        step.check(t);
+                        if reverse == Reverse::Heun && t + 1 < process.steps() {
+                            step.check(process.steps() + t);
+                        }
                     }
                 }
             }
         }
     }
+}
+
+/// Solvers of second order read one more prediction and write it: 8 bytes more.
+#[test]
+fn solvers_move_what_they_must() {
+    let output = Output { mean_type: MeanType::Epsilon, var_type: VarType::LearnedRange };
+    let step = reverse_step(true, [32, 32, 3], &processes()[0], output, Reverse::DpmSolver, true);
+    let (launches, moved) = traffic(&step.g, |d, id| step.write(500, d, id));
+    let elements = step.g.shape(step.op.x).len() as f64;
+    assert_eq!(launches.len(), 1);
+    assert!(moved <= 1.05 * 22.0 * elements, "{moved} bytes for {elements} elements");
+    same_bits(&step.g, &outputs_of(&step.g), |d, id| step.write(500, d, id));
 }
 
 /// 14 bytes per element with learned variance and the bf16 copy.

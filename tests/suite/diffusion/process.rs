@@ -119,6 +119,34 @@ fn no_respacing_is_the_identity() {
     }
 }
 
+/// Even spacing of the log-SNR, up to the distance of neighbouring steps; as many different steps as asked for, the ends among them.
+#[test]
+fn log_snr_steps_are_evenly_spaced() {
+    for base in processes() {
+        let all = base.steps();
+        let log_snr = |t: usize| (base.alpha_bar[t] / (1.0 - base.alpha_bar[t])).ln();
+        for count in [2, 3, 10, all / 2, all - 1, all].into_iter().filter(|n| (2..=all).contains(n)) {
+            let kept = base.log_snr_steps(count).unwrap();
+            assert!(kept.len() == count && kept.is_sorted_by(|a, b| a < b), "{count} of {all}");
+            assert_eq!((kept[0], kept[count - 1]), (0, all - 1));
+        }
+        if all == 1000 {
+            let kept = base.log_snr_steps(10).unwrap();
+            let even = (log_snr(0) - log_snr(all - 1)) / 9.0;
+            for (i, &t) in kept.iter().enumerate().skip(1).take(6) {
+                let gap = (log_snr(t - 1) - log_snr(t + 1)) / 2.0;
+                assert!((log_snr(t) - (log_snr(0) - i as f64 * even)).abs() <= gap, "{i}: {kept:?}");
+            }
+        }
+        for count in [0, 1, all + 1] {
+            let what = message(base.log_snr_steps(count));
+            assert!(what.contains(&format!("logsnr{count}")) && what.contains(&all.to_string()), "{what}");
+        }
+    }
+    let config = DiffusionConfig { timestep_respacing: "logsnrx".into(), ..DiffusionConfig::default() };
+    assert!(message(Process::from_config(&config)).contains("logsnr20"));
+}
+
 #[test]
 fn the_network_is_told_the_original_time() {
     let config = |respacing: &str| DiffusionConfig {

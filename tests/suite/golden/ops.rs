@@ -153,6 +153,8 @@ impl Reversed {
             control,
             reverse,
             output,
+            guidance: None,
+            threshold: None,
             clip,
             process,
         });

@@ -1,0 +1,113 @@
+//! `iddpm encode`: images to the noise they come from, by DDIM backwards; `iddpm sample --latents` makes the images of it again.
+
+use super::flags::{self, BOOL, ModelFlags};
+use super::images::DataFlags;
+use super::latents;
+use super::progress::Progress;
+use super::{Global, create_folder, open_model};
+use crate::data;
+use crate::diffusion::to_unit;
+use crate::error::{Error, Result};
+use crate::ops::p_sample::Reverse;
+use crate::sampler::{Pictures, SampleSettings, Sampler};
+use crate::train::check_data;
+use clap::Args;
+use std::path::PathBuf;
+
+/// Flags of `iddpm encode`. The flags of the network are not needed; those given must agree with the checkpoint.
+#[derive(Args, Clone, Debug)]
+pub struct EncodeArgs {
+    /// Checkpoint, or a run's folder for its newest one
+    #[arg(long, value_name = "PATH", default_value = "runs/digits")]
+    model_path: PathBuf,
+    /// Number of images, evenly spaced over the set [default: all]
+    #[arg(long)]
+    num_samples: Option<usize>,
+    /// Images encoded at the same time; the result does not depend on it
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u64).range(1..=65_536))]
+    batch_size: u64,
+    /// Steps to use: 250, 10,15,20, ddim50 or logsnr20 [default: those of training]
+    #[arg(long)]
+    timestep_respacing: Option<String>,
+    /// Clip predicted images to the range of pixels [default: True]
+    #[arg(long, value_name = BOOL)]
+    clip_denoised: Option<bool>,
+    /// Guidance as in sampling; to meet the image again sample with the same
+    #[arg(long, value_name = "WEIGHT")]
+    guidance: Option<f64>,
+    /// Moving average to encode with; 0: the live weights [default: the first]
+    #[arg(long, value_name = "RATE")]
+    ema_rate: Option<f64>,
+    #[command(flatten)]
+    data: DataFlags,
+    #[command(flatten)]
+    model: ModelFlags,
+}
+
+/// Encodes.
+///
+/// # Errors
+/// [`Error::Checkpoint`], [`Error::Config`] for flags that disagree with it, [`Error::Data`], [`Error::Io`].
+pub fn main(a: &EncodeArgs, g: &Global) -> Result<()> {
+    a.model.notes();
+    let mut settings = SampleSettings {
+        reverse: Reverse::DdimReverse,
+        clip: a.clip_denoised.unwrap_or(true),
+        batch: a.batch_size as usize,
+        guidance: a.guidance,
+        ..SampleSettings::default()
+    };
+    settings.validate()?;
+    let mut model = open_model(&a.model_path, &a.model, a.ema_rate, g)?;
+    let config = model.checkpoint.progress.config.clone();
+    let path = model.checkpoint.path().to_path_buf();
+    let mut asked = config.clone();
+    a.model.apply(&mut asked)?;
+    flags::agree(&path, &config, &asked, &[])?;
+    let mut process = config.diffusion.clone();
+    if let Some(steps) = &a.timestep_respacing {
+        process.timestep_respacing.clone_from(steps);
+    }
+    let mut spec = a.data.spec(&config.data, g.threads)?;
+    (spec.image_size, spec.channels) = (Some(config.model.image_size), Some(config.model.in_channels));
+    spec.limit = a.num_samples.or(spec.limit);
+    let data = data::open(&spec)?;
+    check_data(&config, &data)?;
+    settings.batch = settings.batch.min(data.n);
+    let sampler = Sampler::new(&mut model.device, &config.model, &process, &model.params, &settings)?;
+    println!("model     {} (step {}, {})", path.display(), model.checkpoint.progress.step, model.weights);
+    println!("data      {}: {} of {} images", spec.path.display(), data.n, data.source.found);
+    println!("encoding  {} steps of DDIM backwards", sampler.steps());
+
+    let labels = data.labels.as_deref().filter(|_| config.model.num_classes.is_some());
+    let x: Vec<f32> = data.pixels.iter().map(|&b| to_unit(b)).collect();
+    let mut progress = Progress::new("steps");
+    let pictures = Pictures { seeds: &vec![0; data.n], labels };
+    let x = sampler.run_from(&mut model.device, pictures, &x, &mut |walk| {
+        progress.at(walk.done, walk.total);
+        Ok(())
+    })?;
+    let seconds = progress.finish();
+    println!("time      {seconds:.1} s, {:.2} images/s", data.n as f64 / seconds);
+    if let Some(bad) = x.iter().find(|x| !x.is_finite()) {
+        return Err(Error::NonFinite(format!(
+            "a latent holds {bad}: the weights are damaged, use an older checkpoint"
+        )));
+    }
+    let (mean, deviation) = moments(&x);
+    println!("latents   mean {mean:.3}, deviation {deviation:.3}; pictures are drawn from mean 0, deviation 1");
+    let out = g.out.clone().unwrap_or_else(|| path.with_file_name("latents"));
+    create_folder(&out)?;
+    let [h, w, c] = [data.h, data.w, data.c];
+    let file = out.join(format!("latents_{}x{h}x{w}x{c}.npz", data.n));
+    latents::write(&file, x, [h, w, c], labels)?;
+    println!("written   {}", file.display());
+    Ok(())
+}
+
+/// Mean and standard deviation.
+fn moments(x: &[f32]) -> (f64, f64) {
+    let mean_of = |f: &dyn Fn(f64) -> f64| x.iter().map(|&x| f(f64::from(x))).sum::<f64>() / x.len() as f64;
+    let mean = mean_of(&|x| x);
+    (mean, mean_of(&|x| (x - mean).powi(2)).sqrt())
+}
