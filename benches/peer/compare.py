@@ -234,16 +234,16 @@ def curves(o):
 
     The two sides draw other weights, times and noise. On a processor one thread each: nothing is timed.
     """
-    one = ["--threads", "1"] if o.device == "cpu" else []
-    command = [o.binary, "bench", "curve", *o.our_device, "--config", o.curve_config, "--steps", str(o.curve_steps), *one]
+    one, images = ["--threads", "1"] if o.device == "cpu" else [], str(pathlib.Path(o.scratch, "images.npz"))
+    command = [o.binary, "bench", "curve", *o.our_device, "--config", o.curve_config, "--steps", str(o.curve_steps), *one,
+               "--images", images]
     done = subprocess.run(command + (["--batch-size", "1"] if o.toy else []), capture_output=True, text=True)
     if done.returncode:
         return dict(agree=False, why=f"our side ended with {(done.stderr.strip().splitlines() or ['nothing'])[-1][:200]}")
     ours = json.loads(done.stdout)
     job = dict(kind="curve", config=o.curve_config, batch=ours["batch"], steps=o.curve_steps, lr=ours["lr"], seed=0,
                device=o.peer_device, threads=1 if o.device == "cpu" else None,
-               precision="autocast" if ours["precision"] == "bf16" and not o.toy else "fp32",
-               data=str(ROOT / "assets" / "digits-images-idx3-ubyte.gz"))
+               precision="autocast" if ours["precision"] == "bf16" and not o.toy else "fp32", data=images)
     source, target = pathlib.Path(o.scratch, "curve.json"), pathlib.Path(o.scratch, "losses.json")
     source.write_text(json.dumps(job))
     subprocess.run([o.python, "-B", str(HERE / "worker.py"), str(source), str(target)], check=False, capture_output=True)

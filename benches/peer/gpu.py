@@ -57,7 +57,7 @@ def used_by():
     if apps is None or not load:
         return "nvidia-smi does not tell who uses the GPU"
     if apps:
-        return "busy GPU: " + ", ".join(f"process {pid} ({name}) holds {memory} MiB" for pid, name, memory in apps[:3])
+        return "busy GPU: " + ", ".join(f"process {app[0]} ({app[1]}) holds {app[-1]} MiB" for app in apps[:3])
     if not load[0][0].isdigit() or int(load[0][0]) > QUIET_UTILISATION:
         return f"busy GPU: its utilisation is {load[0][0]} % with nothing of ours running"
     return None

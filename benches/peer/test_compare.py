@@ -214,6 +214,8 @@ class Sweep(unittest.TestCase):
                 dict(variant="P3 norm nhwc", note="stopped after 100 s")]
         found = tiers.best_of_sweep({"sample cifar10 batch 1": rows}, "sample", "cifar10", 1)
         self.assertEqual((found["variant"], found["options"], found["tried"], found["of"]), ("P3 nchw", dict(layout="nchw"), 3, 7))
+        found = tiers.best_of_sweep({"sample cifar10 batch 1": [*rows, rows[-1]]}, "sample", "cifar10", 1)
+        self.assertEqual((found["variant"], found["tried"]), ("P3 nchw", 4), "two stops are enough")
         self.assertEqual(tiers.best_of_sweep({}, "train", "cifar10", 128)["options"], {})
 
 

@@ -49,9 +49,9 @@ def named_tiers(kind):
 
 
 def tried(rows):
-    """Rows of a sweep that need not be run again: measured, or failed for a reason that time does not mend."""
-    again = ("skipped", "stopped")
-    return {r["variant"]: r for r in rows if "ms" in r or not str(r.get("note", "")).startswith(again)}
+    """Rows of a sweep that need not be run again: measured, failed, or stopped for want of time twice."""
+    stopped = [r["variant"] for r in rows if str(r.get("note", "")).startswith("stopped")]
+    return {r["variant"]: r for r in rows if r["variant"] not in stopped or "ms" in r or stopped.count(r["variant"]) > 1}
 
 
 def best_of_sweep(tables, kind, config, batch):

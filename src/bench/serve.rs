@@ -13,11 +13,13 @@ use crate::data::{self, DataSpec};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::graph::Graph;
+use crate::npz::{self, Array};
 use crate::train::Trainer;
 use crate::train::log::Meter;
 use crate::unet::Params;
 use serde_json::{Value, json};
 use std::io::BufRead;
+use std::path::Path;
 
 /// What is run again and again.
 enum Work {
@@ -82,14 +84,19 @@ pub fn serve(named: &Named, sampler: Option<&str>, open: Open, block_s: f64) -> 
     Ok(())
 }
 
-/// Trains from the initial weights on all built-in images and prints the mean loss of every ten steps, as one line of JSON.
+/// Trains from the initial weights on all built-in images and prints the mean loss of every ten steps, as one line of JSON. The
+/// images, as they are trained on, are written to the npz file `images` if one is named: the other side takes the same.
 ///
 /// # Errors
-/// Those of training.
-pub fn curve(named: &Named, open: Open, steps: usize) -> Result<()> {
+/// Those of training, a file that cannot be written.
+pub fn curve(named: &Named, open: Open, steps: usize, images: Option<&Path>) -> Result<()> {
     let m = &named.config.model;
     let spec = DataSpec { image_size: Some(m.image_size), channels: Some(m.in_channels), ..DataSpec::default() };
-    let mut trainer = Trainer::new(named.config.clone(), open()?, &data::open(&spec)?, true)?;
+    let set = data::open(&spec)?;
+    if let Some(path) = images {
+        npz::write(path, &[("arr_0", &Array::images([set.n, set.h, set.w, set.c], set.pixels.clone()))])?;
+    }
+    let mut trainer = Trainer::new(named.config.clone(), open()?, &set, true)?;
     let mut losses = Vec::new();
     for _ in 0..steps / 10 {
         let mut meter = Meter::default();

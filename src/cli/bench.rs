@@ -69,6 +69,9 @@ pub enum BenchCommand {
         /// Steps to train
         #[arg(long, default_value_t = 300)]
         steps: usize,
+        /// Write the images to this npz file
+        #[arg(long)]
+        images: Option<PathBuf>,
     },
 }
 
@@ -144,7 +147,9 @@ pub fn main(command: &BenchCommand, global: &Global) -> Result<()> {
         BenchCommand::Serve { bench, sampler } => {
             return serve::serve(&bench.one()?, sampler.as_deref(), &open, bench.effort()?.block_s);
         }
-        BenchCommand::Curve { bench, steps } => return serve::curve(&bench.one()?, &open, *steps),
+        BenchCommand::Curve { bench, steps, images } => {
+            return serve::curve(&bench.one()?, &open, *steps, images.as_deref());
+        }
     };
     let device = open()?;
     let gpu = Gpu::of(&device)?;

@@ -193,11 +193,16 @@ fn serve_answers_every_line_with_a_block() {
 
 #[test]
 fn the_curve_falls() {
-    let out = iddpm(&["curve", "--config", "t1", "--batch-size", "4", "--steps", "60"]).output().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let images = folder.path().join("images.npz");
+    let args = ["curve", "--config", "t1", "--batch-size", "4", "--steps", "60", "--images"];
+    let out = iddpm(&args).arg(&images).output().unwrap();
     let line: Value = serde_json::from_slice(&out.stdout).unwrap();
     let losses: Vec<f64> = line["losses"].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect();
     // The first loss of a network that starts from zeros is the mean of eps², 1, plus its bound's term.
     assert!(losses.len() == 6 && losses[0] > 0.8 && losses[5] < losses[0], "{losses:?}");
+    let written = iddpm::npz::read(&images).unwrap();
+    assert_eq!(written[0].1.shape[1..], [16, 16, 3]);
 }
 
 fn refused(args: &[&str]) -> String {
