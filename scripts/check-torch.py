@@ -112,17 +112,25 @@ def check_numbers(iddpm, checkpoint, config, model, path):
     used = [round(i * (total - 1) / (steps - 1)) for i in range(steps)]
     alpha_bar = numpy.append(numpy.cumprod(1 - betas)[used], 0.0)
     scale = 1000 / total if d["rescale_timesteps"] else 1
-    x = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
     classes = torch.from_numpy(labels) if m["num_classes"] else None
-    for i, t in enumerate(used):
-        (a, b), (next_a, next_b) = ((ab**0.5, (1 - ab) ** 0.5) for ab in alpha_bar[i : i + 2])
-        with torch.no_grad():
-            eps = model(x, torch.full((n,), t * scale), class_labels=classes).sample[:, :c]
-        x = next_a * (x - b * eps) / a + next_b * eps
-    theirs = x.permute(0, 2, 3, 1).numpy()
-    error = float(numpy.abs(ours - theirs).max() / numpy.abs(theirs).max())
-    # Three networks one after the other, each within 1e-5.
-    report(f"diffusers: three steps of DDIM backwards differ by {error:.1e} of the largest value", error < 1e-4)
+
+    def walk(dtype):
+        network = model.to(dtype)
+        x = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(dtype) / 127.5 - 1
+        for i, t in enumerate(used):
+            (a, b), (next_a, next_b) = ((ab**0.5, (1 - ab) ** 0.5) for ab in alpha_bar[i : i + 2])
+            with torch.no_grad():
+                eps = network(x, torch.full((n,), t * scale), class_labels=classes).sample[:, :c]
+            x = next_a * (x - b * eps) / a + next_b * eps
+        return x.permute(0, 2, 3, 1).double().numpy()
+
+    exact, rounded = walk(torch.float64), walk(torch.float32)
+    model.float()
+    largest = numpy.abs(exact).max()
+    error, theirs = (float(numpy.abs(x - exact).max() / largest) for x in (ours, rounded))
+    # Both round to f32; a young network, whose output is small, feels that more. 1e-5 for the time embedding, f32 in all.
+    what = f"three steps of DDIM backwards are off by {error:.1e} of the largest value, PyTorch's own by {theirs:.1e}"
+    report(f"diffusers: {what}", error < 4 * theirs + 1e-5)
 
 
 def check_ddpm(iddpm, path):
@@ -166,6 +174,7 @@ def main():
         import diffusers
 
         diffusers.utils.logging.disable_progress_bar()
+        diffusers.utils.logging.set_verbosity_error()
     except ImportError:
         diffusers = None
     with tempfile.TemporaryDirectory() as folder:

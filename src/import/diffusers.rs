@@ -213,6 +213,7 @@ fn process(config: &Value, model: &ModelConfig) -> std::result::Result<Diffusion
         _ if model.out_channels == 2 * model.in_channels => VarType::LearnedRange,
         "fixed_small" | "fixed_small_log" => VarType::FixedSmall,
         "fixed_large" | "fixed_large_log" => VarType::FixedLarge,
+        "learned_range" => VarType::LearnedRange,
         other => return Err(format!("variance_type {other:?}: not supported with {} outputs", model.out_channels)),
     };
     let rescale_timesteps = false;
@@ -451,7 +452,7 @@ pub fn unet_config(m: &ModelConfig) -> Result<Value> {
     Ok(serde_json::json!({
         "_class_name": "UNet2DModel",
         "sample_size": m.image_size,
-        "in_channels": m.in_channels,
+        "in_channels": m.input_channels(),
         "out_channels": m.out_channels,
         "center_input_sample": false,
         "time_embedding_type": "positional",

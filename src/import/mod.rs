@@ -89,11 +89,14 @@ impl Source {
                 let image_size = if model.image_size == 0 { c.model.image_size } else { model.image_size };
                 let null_class = c.model.null_class && model.num_classes.is_some_and(|rows| rows > 1);
                 let num_classes = model.num_classes.map(|rows| rows - usize::from(null_class));
-                c.model = ModelConfig { image_size, null_class, num_classes, ..model.clone() };
-                match diffusion {
-                    Some(d) => c.diffusion = DiffusionConfig { loss_type: c.diffusion.loss_type, ..d.clone() },
-                    None if model.out_channels == 2 * model.in_channels => c.diffusion.var_type = VarType::LearnedRange,
-                    None => {}
+                let low_res = c.model.low_res;
+                let in_channels = model.in_channels / if low_res.is_some() { 2 } else { 1 };
+                c.model = ModelConfig { image_size, null_class, num_classes, low_res, in_channels, ..model.clone() };
+                if let Some(d) = diffusion {
+                    c.diffusion = DiffusionConfig { loss_type: c.diffusion.loss_type, ..d.clone() };
+                }
+                if model.out_channels == 2 * in_channels {
+                    c.diffusion.var_type = VarType::LearnedRange;
                 }
             }
         }

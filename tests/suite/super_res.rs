@@ -93,4 +93,25 @@ fn a_model_is_trained_used_exported_and_imported() {
     let params = Params::new(&c.progress.config.model);
     let weights = |c: &Checkpoint| c.weights(&slots(&params), params.len).unwrap();
     assert_eq!(weights(&back), weights(&c));
+
+    // As a folder: diffusers' network takes the picture and the enlarged small one as its input.
+    succeed(at, &["export", "run", "--to", "folder", "--ema-rate", "0"]);
+    let settings = std::fs::read(at.join("folder/config.json")).unwrap();
+    let settings: serde_json::Value = serde_json::from_slice(&settings).unwrap();
+    assert_eq!((&settings["in_channels"], &settings["out_channels"]), (&2.into(), &2.into()));
+    // Without the configuration that our own export carries.
+    let file = at.join("folder/diffusion_pytorch_model.safetensors");
+    let bytes = std::fs::read(&file).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    std::fs::write(&file, safetensors::serialize(tensors.iter(), None).unwrap()).unwrap();
+    let import = ["import", "folder", "--to", "third.safetensors"];
+    let (code, text) = iddpm(at, &import);
+    assert!(code == Some(2) && text.contains("--small-size"), "{text}");
+    succeed(at, &[&import[..], &["--small_size", "8"]].concat());
+    let third = Checkpoint::open(&at.join("third.safetensors")).unwrap();
+    let shape = |c: &Checkpoint| {
+        let m = &c.progress.config.model;
+        (m.low_res, m.in_channels, m.out_channels, c.progress.config.diffusion.var_type)
+    };
+    assert_eq!((shape(&third), weights(&third)), (shape(&c), weights(&c)));
 }
