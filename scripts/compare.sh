@@ -2,7 +2,7 @@
 # Times this project and PyTorch beside each other on the same machine, in the same minutes, and writes one Markdown
 # table and one JSON record under benches/record/.
 #
-#   scripts/compare.sh --device cpu                     everything, about 40 minutes on a quiet machine of 2 cores
+#   scripts/compare.sh --device cpu                     everything, about 20 minutes on a quiet machine of 2 cores
 #   scripts/compare.sh --device cpu --configs t1 --sample-configs t1 --variants P0,P1      a quick look
 #   scripts/compare.sh --device cuda --resume           nine minutes; again and again until its table is complete
 #   scripts/compare.sh --device cuda --configs cifar10 --sample-configs ''                  one row
