@@ -6,6 +6,7 @@
 //! and then rounded, by 2^-8 Σ|products| more. Held against unrounded operands, their error may be at most twice that of
 //! plain loops over rounded operands with a rounded result.
 
+use crate::device::driver;
 use half::bf16;
 use iddpm::device::driver::{Buffer, Driver, LaunchTraffic, Ptr, Schedule};
 use iddpm::ops::conv2d::launch::{self, Types};
@@ -25,13 +26,6 @@ fn uniform(len: usize, seed: u64) -> Vec<f32> {
 
 fn rounded(x: &[f32]) -> Vec<f32> {
     x.iter().map(|&x| bf16::from_f32(x).to_f32()).collect()
-}
-
-fn driver() -> Driver {
-    if std::env::var("IDDPM_TEST_DEVICE").is_ok_and(|d| d == "cuda") {
-        return Driver::cuda(0).unwrap();
-    }
-    Driver::emulated().unwrap()
 }
 
 fn conv(n: usize, [h, w]: [usize; 2], [ca, cb, oc]: [usize; 3], k: usize, stride: usize, upsample: bool) -> ConvShape {

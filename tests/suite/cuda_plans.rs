@@ -1,6 +1,6 @@
-//! Plans in bf16 on the emulated GPU: the rounded weights they multiply by, what they need of memory, sampling and bits/dim.
+//! Plans in bf16 on a GPU or its emulation: the rounded weights they multiply by, what they need of memory, sampling and bits/dim.
 
-use crate::cuda_ops::{cuda, normals, round};
+use crate::cuda_ops::{cuda, gpu, normals, round};
 use crate::half::distance;
 use half::bf16;
 use iddpm::autograd;
@@ -18,8 +18,8 @@ use iddpm::unet::{Layer, Params};
 
 const BF16: Target = Target::Cuda(Precision::Bf16);
 
-fn emulated(precision: Precision) -> Device {
-    Device::emulated().unwrap().with_precision(precision)
+fn on_gpu(precision: Precision) -> Device {
+    gpu().with_precision(precision)
 }
 
 /// A convolution's tensors, used as a linear layer: 8 columns to 16.
@@ -117,7 +117,7 @@ fn region(device: &Device, region: Region) -> Vec<f32> {
 /// present ones, as a captured graph too.
 #[test]
 fn rounded_weights_follow_the_weights() {
-    let mut device = emulated(Precision::Bf16);
+    let mut device = on_gpu(Precision::Bf16);
     let len = params().len;
     let [first, second, average] = [11, 12, 13].map(|stream| normals(len, stream));
     device.write_region(Region::Params, &first).unwrap();
@@ -150,7 +150,7 @@ fn rounded_weights_follow_the_weights() {
 /// One launch rounds the weights when they have changed, none when they have not.
 #[test]
 fn weights_are_rounded_once_for_each_change() {
-    let mut device = emulated(Precision::Bf16);
+    let mut device = Device::emulated().unwrap();
     device.write_region(Region::Params, &normals(params().len, 3)).unwrap();
     let live = Layers::bind(&mut device, false);
     let mut rounded = || {
@@ -238,7 +238,7 @@ fn samples_and_bits_per_dim_follow_the_processor() {
     for reverse in [Reverse::Ancestral, Reverse::Ddim(0.0)] {
         let (images, bits) = sampled_and_measured(Device::cpu(0).unwrap(), reverse);
         for (precision, bound) in [(Precision::F32, 2e-6), (Precision::Bf16, 10f64.sqrt() / 512.0)] {
-            let (ours, our_bits) = sampled_and_measured(emulated(precision), reverse);
+            let (ours, our_bits) = sampled_and_measured(on_gpu(precision), reverse);
             let off = [distance(&ours, &images), distance(&our_bits, &bits)];
             println!("{reverse:?} {precision:?}: pictures {:.1e} off, bits/dim {:.1e}", off[0], off[1]);
             assert!(off.iter().all(|&off| off <= bound), "{reverse:?} {precision:?}: {off:?} off, bound {bound:e}");
@@ -319,7 +319,7 @@ fn steered_samples_follow_the_processor() {
         assert!(images.iter().all(|x| x.is_finite()));
         // As above, times 3 for the difference that guidance takes.
         for (precision, bound) in [(Precision::F32, 6e-6), (Precision::Bf16, 3.0 * 10f64.sqrt() / 512.0)] {
-            let off = distance(&sampled(emulated(precision), reverse), &images);
+            let off = distance(&sampled(on_gpu(precision), reverse), &images);
             println!("{reverse:?} {precision:?}: pictures {off:.1e} off");
             assert!(off <= bound, "{reverse:?} {precision:?}: {off:e} off, bound {bound:e}");
         }

@@ -1,7 +1,8 @@
-//! Launches, memory, graphs and refusals on the emulator.
+//! Launches, memory and graphs on the emulator, or the GPU that is asked for; refusals on the emulator.
 
 use std::sync::Barrier;
 
+use crate::device::driver;
 use iddpm::args;
 use iddpm::device::driver::{Driver, Launch, Order, Ptr, Schedule};
 
@@ -25,7 +26,7 @@ fn copy_moves_every_word() {
 
 #[test]
 fn fills_copies_and_pinned_memory_keep_the_bytes() {
-    let d = Driver::emulated().unwrap();
+    let d = driver();
     let data = integers(1000, 1 << 20);
     let (a, b) = (upload(&d, &data), d.alloc_zeroed(4000).unwrap());
     assert_eq!(download::<i32>(&d, &b, 1000), vec![0; 1000]);
@@ -65,7 +66,7 @@ fn a_source_may_change_when_its_write_returns() {
 /// A captured graph runs nothing while it is recorded, and gives the same bits as the launches it holds.
 #[test]
 fn graphs_replay_what_was_recorded() {
-    let d = Driver::emulated().unwrap();
+    let d = driver();
     let n = 777usize;
     let data: Vec<u32> = (0..4 * n as u32).map(|i| i.wrapping_mul(2_654_435_761)).collect();
     let (a, b, c) = (upload(&d, &data), d.alloc_zeroed(16 * n).unwrap(), d.alloc_zeroed(16 * n).unwrap());
