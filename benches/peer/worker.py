@@ -23,7 +23,7 @@ warnings.filterwarnings("ignore")
 TRAIN = dict(precision="bf16w", layout="nhwc", norm="native", linear=True, batch_emb=True, mode="default",
              graph=True, opt="flat", inductor={})
 SAMPLE = dict(precision="bf16w", layout="nhwc", norm="native", linear=True, batch_emb=True, mode="default",
-              graph=True, inductor={}, sampler="ancestral")
+              graph=True, inductor={}, inference=False, sampler="ancestral")
 
 
 def prepare(job, training):
@@ -173,7 +173,7 @@ def sampling(job):
 
     reverse = compiled(reverse, job["mode"])
 
-    @torch.no_grad()
+    @(torch.inference_mode() if job["inference"] else torch.no_grad())
     def step():
         if job["mode"] in ("reduce-overhead", "max-autotune"):
             torch.compiler.cudagraph_mark_step_begin()
