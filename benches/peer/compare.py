@@ -145,7 +145,9 @@ def interleave(o, row, ours, peers, pairs, limit_s):
     while ready and (rounds < fewest or time.monotonic() < until):
         for pair in [[ours, peer] for peer in peers] if ours and peers else [ready]:
             wait(o, until)
-            blocks = {side.name: side.block(o.watch) for side in (pair if rounds % 2 else pair[::-1])}
+            blocks = taken(o, row, pair if rounds % 2 else pair[::-1])
+            if blocks is None:
+                return
             if ours and peers:
                 mine, theirs = blocks["iddpm"], blocks[pair[1].name]
                 if pair_counts(o, mine, theirs):
@@ -155,6 +157,18 @@ def interleave(o, row, ours, peers, pairs, limit_s):
         if all(len(x) >= wanted for x in done):
             break
     row["rounds"] = row.get("rounds", 0) + rounds
+
+
+def taken(o, row, pair):
+    """A block of each side, or None with a note about the side that gave none."""
+    blocks = {}
+    for side in pair:
+        try:
+            blocks[side.name] = side.block(o.watch)
+        except (RuntimeError, BrokenPipeError, json.JSONDecodeError) as error:
+            row["notes"][side.name] = f"stopped: {error}"
+            return None
+    return blocks
 
 
 def summary(o, blocks):
@@ -179,7 +193,7 @@ def add_ratio(o, row, ours, peers, pairs, used_after):
     same = [p for p in peers if ours and p.head["precision"] == ours.head["precision"]]
     few = [f"{p.name} ({len(pairs[p.name])})" for p in same if len(pairs[p.name]) < FEWEST]
     reason = o.no_ratio or used_after
-    if not ours:
+    if not ours or "iddpm" in row["notes"]:
         reason = row["notes"].get("iddpm", "our side did not run")
     elif not same:
         reason = reason or "no variant of the peer ran" + (f" in {ours.head['precision']}" if peers else "")

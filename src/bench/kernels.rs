@@ -91,6 +91,7 @@ pub fn kernels(record: &mut Record, list: &[Named], open: Open, effort: &Effort,
         kinds.step.device.capture(kinds.step.id)?;
         let rounds = Rounds::measure(&mut kinds.step, effort)?;
         record.add(table(&title, &kinds, &rounds, ceilings));
+        record.keep(&[])?;
     }
     Ok(())
 }

@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -234,6 +234,7 @@ fn date(seconds: u64) -> String {
 pub struct Record {
     head: Map<String, Value>,
     tables: Vec<Table>,
+    file: Option<PathBuf>,
 }
 
 impl Record {
@@ -268,7 +269,25 @@ impl Record {
             "device": device, "threads": threads, "machine": machine, "effort": effort, "ceilings": ceilings,
         });
         let Value::Object(head) = head else { unreachable!("an object was written") };
-        Record { head, tables: Vec::new() }
+        Record { head, tables: Vec::new(), file: None }
+    }
+
+    /// With a file that keeps what there is whenever a row is measured: a measurement that is cut off leaves the rows before.
+    pub fn kept_in(mut self, file: Option<&Path>) -> Self {
+        self.file = file.map(Path::to_path_buf);
+        self
+    }
+
+    /// Keeps `tables`, which have a new row, beside those that are complete.
+    ///
+    /// # Errors
+    /// [`Error::Io`] naming the file.
+    pub fn keep(&self, tables: &[&Table]) -> Result<()> {
+        let Some(path) = &self.file else { return Ok(()) };
+        let mut all = self.head.clone();
+        all.insert("tables".into(), self.tables.iter().chain(tables.iter().copied()).map(Table::json).collect());
+        let text = serde_json::to_string_pretty(&Value::Object(all)).expect("strings and numbers") + "\n";
+        std::fs::write(path, text).map_err(Error::io(path, "write"))
     }
 
     /// Prints `table` and keeps it.
@@ -306,17 +325,6 @@ impl Record {
     /// Keeps a fact about the run.
     pub fn set(&mut self, key: &str, value: impl Serialize) {
         self.head.insert(key.into(), json!(value));
-    }
-
-    /// Writes the record as JSON.
-    ///
-    /// # Errors
-    /// [`Error::Io`] naming the file.
-    pub fn save(&self, path: &Path) -> Result<()> {
-        let mut all = self.head.clone();
-        all.insert("tables".into(), self.tables.iter().map(Table::json).collect());
-        let text = serde_json::to_string_pretty(&Value::Object(all)).expect("strings and numbers") + "\n";
-        std::fs::write(path, text).map_err(Error::io(path, "write"))
     }
 }
 
