@@ -71,7 +71,9 @@ pub fn main(a: &NllArgs, g: &Global) -> Result<()> {
         NllSettings { clip: a.clip_denoised.unwrap_or(true), batch: a.batch_size as usize, seed: g.seed.unwrap_or(0) };
     let nll = Nll::new(&mut model.device, &config.model, &process, &model.params, data.n, &settings)?;
     println!("model     {} (step {}, {})", path.display(), model.checkpoint.progress.step, model.weights);
-    println!("data      {}: {} of {} images", spec.path.display(), data.n, data.source.found);
+    let parts =
+        if nll.resident() < data.n { format!(", {} at a time on the device", nll.resident()) } else { String::new() };
+    println!("data      {}: {} of {} images{parts}", spec.path.display(), data.n, data.source.found);
     let mut progress = Progress::new("terms");
     let images = Evaluated { pixels: &data.pixels, labels: data.labels.as_deref() };
     let report = nll.run(&mut model.device, images, &mut |done, all| {

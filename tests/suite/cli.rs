@@ -166,6 +166,26 @@ fn the_reference_spelling_of_flags_is_understood() {
 }
 
 #[test]
+fn a_plan_is_summed_by_kind_of_step() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = good(folder.path(), "plan --preset reference --totals --device cuda --ceilings 0.001,1000000");
+    let rows: Vec<Vec<&str>> =
+        out.lines().skip_while(|l| !l.starts_with("op ")).skip(1).map(|l| l.split_whitespace().collect()).collect();
+    let (all, kinds) = rows.split_last().unwrap();
+    let sum = |column: usize| kinds.iter().map(|r| r[column].parse::<f64>().unwrap()).sum::<f64>();
+    let total = |row: &str| {
+        out.lines().find(|l| l.starts_with(row)).unwrap().split_whitespace().rev().nth(5).unwrap().to_string()
+    };
+    assert_eq!(format!("{}", sum(1)), all[1], "steps");
+    let (gflop, floor) = (sum(2), all[2].parse::<f64>().unwrap());
+    let whole: f64 = total("work ").parse().unwrap();
+    assert!((gflop - whole).abs() < 1e-3 * kinds.len() as f64, "{gflop} of {whole} GFLOP");
+    // A machine of 1 GFLOP/s to which bytes are free takes a second for each.
+    assert!((floor - 1e3 * gflop).abs() < 1e-3 * floor, "{floor} ms for {gflop} GFLOP");
+    bad(folder.path(), "plan --ceilings 798", &["--ceilings", "798", "two positive numbers"]);
+}
+
+#[test]
 fn every_command_has_help_with_an_example() {
     let folder = tempfile::tempdir().unwrap();
     for command in ["train", "sample", "nll", "plan", "data inspect", "bench step", "doctor"] {

@@ -378,6 +378,27 @@ fn bits_do_not_depend_on_the_schedule() {
     }
 }
 
+/// A result is summed in one order whatever tile it falls in: pictures do not depend on the batch they are made in.
+#[test]
+fn bits_do_not_depend_on_the_tile() {
+    let d = driver();
+    for s in [
+        conv(3, [8, 8], [136, 0, 128], 3, 1, false),
+        conv(3, [8, 8], [64, 64, 192], 1, 1, false),
+        conv(3, [8, 8], [64, 0, 128], 3, 1, true),
+        conv(3, [8, 8], [64, 0, 128], 3, 2, false),
+    ] {
+        let data = Data::new(s, 5);
+        for pass in [Pass::Forward, Pass::Data] {
+            let bits = |full| -> Vec<u32> {
+                kernels(&d, &data, pass, BF16, full).concat().iter().map(|x| x.to_bits()).collect()
+            };
+            let first = bits(FEW);
+            assert!([3, 6, 1000].iter().all(|&full| bits(full) == first), "{pass:?} {s:?}");
+        }
+    }
+}
+
 /// Runs `work` with the traffic meter on, if this is the emulator.
 fn metered(d: &Driver, work: impl FnOnce()) -> Option<Vec<LaunchTraffic>> {
     let emulator = d.emulator()?;

@@ -246,6 +246,63 @@ fn samples_and_bits_per_dim_follow_the_processor() {
     }
 }
 
+/// A picture has the same bits in any batch, and so have the terms of the bound of an image, also where the images come to the device
+/// in parts: sums of a network's forward pass have one order for every number of images.
+#[test]
+fn bits_do_not_depend_on_the_batch() {
+    let (model, diffusion) = tiny();
+    let params = Params::new(&model);
+    let seeds: Vec<u64> = (1..=7).collect();
+    let pixels: Vec<u8> = (0..7 * 16).map(|i| (i * 53 % 256) as u8).collect();
+    let labels = [0, 1, 2, 0, 1, 2, 0];
+    let pictures = |precision, batch| -> Vec<u32> {
+        let mut device = on_gpu(precision);
+        device.write_region(Region::Params, &weights(&params)).unwrap();
+        let settings = SampleSettings { batch, ..SampleSettings::default() };
+        let sampler = Sampler::new(&mut device, &model, &diffusion, &params, &settings).unwrap();
+        let pictures = Pictures { seeds: &seeds, labels: Some(&labels) };
+        sampler.run(&mut device, pictures, &mut |_| Ok(())).unwrap().iter().map(|x| x.to_bits()).collect()
+    };
+    // `lacking`: bytes of memory fewer than all images need, on the emulator.
+    let report = |precision, batch, lacking: Option<usize>| {
+        let mut device = on_gpu(precision);
+        device.write_region(Region::Params, &weights(&params)).unwrap();
+        let settings = NllSettings { clip: true, batch, seed: 4 };
+        let nll = |device: &mut Device| Nll::new(device, &model, &diffusion, &params, 7, &settings).unwrap();
+        if let Some(lacking) = lacking {
+            let mut whole = on_gpu(precision);
+            let id = nll(&mut whole).id();
+            let need = whole.plan(id).bytes();
+            cuda(&mut device).driver().emulator().unwrap().set_memory(need - lacking);
+        }
+        let nll = nll(&mut device);
+        let mut told = Vec::new();
+        let images = Evaluated { pixels: &pixels, labels: Some(&labels) };
+        let report = nll.run(&mut device, images, &mut |done, all| {
+            told.push((done, all));
+            Ok(())
+        });
+        assert!(told.is_sorted() && told.last() == Some(&(28, 28)), "{told:?}");
+        (nll.resident(), report.unwrap())
+    };
+    for precision in [Precision::F32, Precision::Bf16] {
+        let first = pictures(precision, 7);
+        assert!([1, 2, 5].iter().all(|&batch| pictures(precision, batch) == first), "{precision:?}: pictures");
+        let (resident, all) = report(precision, 28, None);
+        assert_eq!(resident, 7);
+        for (batch, lacking, at_a_time) in
+            [(1, None, 7), (9, None, 7), (28, Some(1), 6), (5, Some(5 * 16), 2), (4, Some(6 * 16), 1)]
+        {
+            if lacking.is_some() && !on_gpu(precision).is_emulated() {
+                continue;
+            }
+            let (resident, parts) = report(precision, batch, lacking);
+            assert_eq!(resident, at_a_time, "{lacking:?} bytes lacking");
+            assert!(parts == all, "{precision:?}, batches of {batch}, {resident} images at a time: other terms");
+        }
+    }
+}
+
 /// Guidance sees every picture twice, the threshold selects from what it says, the solvers remember: whole walks of all together.
 #[test]
 fn steered_samples_follow_the_processor() {

@@ -277,6 +277,28 @@ fn vb_terms_match_the_specification() {
     }
 }
 
+/// What the network could not say is not clipped to something that it might have said.
+#[test]
+fn terms_of_an_output_that_is_no_number_are_none() {
+    for output in outputs() {
+        for half in [false, true] {
+            let objective = Objective { output, loss_type: LossType::Kl, ..HYBRID };
+            let r = rig(half, [5, 7, 3], objective, &processes()[2], Eps::Drawn, Some(true));
+            let (device, id) = run(gpu(), &r.g, |d, id| {
+                r.write(d, id);
+                let mut out = r.out();
+                let image = out.len() / 4;
+                out.iter_mut().step_by(image).for_each(|x| *x = f32::NAN);
+                write(d, id, r.out, &out);
+            });
+            for v in r.terms {
+                let terms = read(&device, id, v);
+                assert!(terms.iter().all(|x| x.is_nan()), "{output:?} half {half}: {terms:?}");
+            }
+        }
+    }
+}
+
 const HYBRID: Objective = Objective {
     output: Output { mean_type: MeanType::Epsilon, var_type: VarType::LearnedRange },
     loss_type: LossType::RescaledMse,

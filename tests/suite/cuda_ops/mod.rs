@@ -99,7 +99,7 @@ pub struct Batch {
 
 const STORED: usize = 7;
 pub const CONTROL: Control =
-    Control { seed: 0x1234_5678_9abc, step: 11, t: 0, lr: 0.0, bias1: 0.0, bias2: 0.0, reserved: [0; 9] };
+    Control { seed: 0x1234_5678_9abc, step: 11, t: 0, lr: 0.0, bias1: 0.0, bias2: 0.0, first: 40, reserved: [0; 8] };
 
 impl Batch {
     /// A batch with one image for each of `t`.
@@ -161,7 +161,7 @@ impl Batch {
         let mut eps = vec![0.0; self.shape.len()];
         for (n, eps) in eps.chunks_exact_mut(self.size()).enumerate() {
             let (image, step, op) = match noise {
-                Noise::PerImage => (self.index(n) as u32, self.t_values[n] as u32, rng::op::NLL),
+                Noise::PerImage => (CONTROL.first + self.index(n) as u32, self.t_values[n] as u32, rng::op::NLL),
                 _ => (self.images.first_image + n as u32, CONTROL.step, rng::op::Q_SAMPLE),
             };
             rng::fill_normal(eps, CONTROL.seed, image, step, op);

@@ -252,6 +252,24 @@ fn p_sample_matches_the_specification() {
     }
 }
 
+/// A prediction that is no number is not clipped to one: it is seen in the picture and in x_0.
+#[test]
+fn steps_keep_what_is_no_number() {
+    for (output, reverse) in outputs().zip(REVERSES.into_iter().cycle()) {
+        let step = reverse_step(false, [5, 7, 3], &processes()[2], output, reverse, true);
+        let (device, id) = run(gpu(), &step.g, |d, id| {
+            step.write(7, d, id);
+            let mut out = step.out();
+            out[0] = f32::NAN;
+            write(d, id, step.op.out, &out);
+        });
+        for v in [Some(step.op.x), step.op.x_0].into_iter().flatten() {
+            let x = read(&device, id, v);
+            assert!(x[0].is_nan() && x[1..].iter().all(|x| x.is_finite()), "{output:?} {reverse:?}");
+        }
+    }
+}
+
 /// Solvers of second order read one more prediction and write it: 8 bytes more.
 #[test]
 fn solvers_move_what_they_must() {
