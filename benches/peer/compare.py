@@ -115,7 +115,7 @@ def run(o, workload):
     row["seconds"] = time.monotonic() - begin
     why = gpu.in_use() if o.device == "cuda" and not o.toy else None
     add_ratio(o, row, ours, timed, pairs, why)
-    row["unfinished"] = any("no time left" in note for note in row["notes"].values()) or \
+    row["unfinished"] = any("no time left" in note or note.startswith("stopped") for note in row["notes"].values()) or \
         ("p3" in row and row["p3"]["tried"] < row["p3"]["of"])
     return row
 

@@ -62,6 +62,8 @@ class Side:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self.process.stdout.close()
+        self.errors.close()
 
 
 def processor_seconds(pid):

@@ -276,8 +276,8 @@ peer)
     toy=()
     ((gpu)) || toy=(--device cpu --tiny)
     step peer-golden 120 "$python" -B benches/peer/check.py --norm native
-    step peer-ceilings-conv 190 "$python" -B benches/peer/measure.py --stage ceilings conv "${toy[@]}" --budget 180 --out "$log"
-    step peer-parts 170 "$python" -B benches/peer/measure.py --stage micro "${toy[@]}" --budget 160 --out "$log"
+    step peer-ceilings-conv 240 "$python" -B benches/peer/measure.py --stage ceilings conv "${toy[@]}" --budget 230 --out "$log"
+    step peer-parts 180 "$python" -B benches/peer/measure.py --stage micro "${toy[@]}" --budget 170 --out "$log"
     step peer-startup 120 "$python" -B benches/peer/measure.py --stage startup "${toy[@]}" --budget 110 --out "$log"
     ;;
 compare)

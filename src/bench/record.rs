@@ -341,6 +341,28 @@ mod tests {
     }
 
     #[test]
+    fn what_is_measured_so_far_is_in_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("record.json");
+        let mut record = Record::new("test", "cpu", 1, &Effort::default(), None).kept_in(Some(&path));
+        let table = |name, rows: usize| {
+            let mut t = Table::new(name);
+            (0..rows).for_each(|i| t.row(vec![("row", i.into())]));
+            t
+        };
+        record.add(table("complete", 2));
+        record.keep(&[&table("under way", 1)]).unwrap();
+        let read = || serde_json::from_str::<Value>(&std::fs::read_to_string(&path).unwrap()).unwrap();
+        assert_eq!(read()["tables"].as_array().map(Vec::len), Some(2));
+        assert_eq!(read()["tables"][1], json!({"name": "under way", "rows": [{"row": 0}]}));
+        record.add(table("under way", 3));
+        record.keep(&[]).unwrap();
+        assert_eq!(read()["tables"][1]["rows"].as_array().map(Vec::len), Some(3));
+        let nowhere = record.kept_in(Some(&folder.path().join("none").join("r.json")));
+        assert!(nowhere.keep(&[]).unwrap_err().to_string().contains("r.json"));
+    }
+
+    #[test]
     fn numbers_have_three_figures() {
         let shown = [0.0, 0.01234, 1.234, 12.34, 123.4, 12345.6].map(figures);
         assert_eq!(shown, ["0", "0.0123", "1.23", "12.3", "123", "12346"]);
