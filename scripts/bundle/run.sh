@@ -281,19 +281,19 @@ peer)
     step peer-startup 120 "$python" -B benches/peer/measure.py --stage startup "${toy[@]}" --budget 110 --out "$log"
     ;;
 compare)
+    left_minutes() { local tenths=$(((deadline - SECONDS - 20) * 10 / 60)); echo "$((tenths / 10)).$((tenths % 10))"; }
     needs_torch
     if ((gpu)); then
         [[ -d $log/work/compiler-cache ]] ||
             step peer-warm 150 "$python" -B benches/peer/measure.py --stage warm --configs cifar10 --budget 140 --out "$log/work"
-        tenths=$(((deadline - SECONDS - 20) * 10 / 60))
         step cuda-both 3600 "$python" -B benches/peer/compare.py --device cuda --binary bin/iddpm --python "$python_path" --resume \
-            --limit-minutes "$((tenths / 10)).$((tenths % 10))" --work "$log/work" --out "$log" "${flags[@]}"
+            --limit-minutes "$(left_minutes)" --work "$log/work" --out "$log" "${flags[@]}"
         cat "$log/cuda.md" 2>/dev/null
         tar -czf "$work/cache.part" -C "$work" compare/work/compiler-cache 2>/dev/null &&
             (($(stat -c %s "$work/cache.part") < 15 << 20)) && cp "$work/cache.part" "$results/compiler-cache.tgz"
     else
         step cpu-both 3600 "$python" -B benches/peer/compare.py --binary bin/iddpm --python "$python_path" --configs t1,t3 \
-            --sample-configs t1 --variants P0,P1 --limit-s 40 --work "$log/work" --out "$log" "${flags[@]}"
+            --sample-configs t1 --batches 16 --variants P0,P1 --limit-s 40 --limit-minutes "$(left_minutes)" --work "$log/work" --out "$log" "${flags[@]}"
         cat "$log/cpu.md" 2>/dev/null
     fi
     ;;
