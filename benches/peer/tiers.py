@@ -30,6 +30,7 @@ TRAIN_SWEEP = [("bf16 weights, flat optimiser, graph", {}), ("norm sums", dict(n
                ("force layout", dict(inductor={"force_layout_optimization": True})),
                ("coordinate descent", dict(inductor={"coordinate_descent_tuning": True})),
                ("single projections", dict(batch_emb=False)),
+               ("autotune, cuDNN convs", dict(mode="max-autotune-no-cudagraphs", inductor={"max_autotune_conv_backends": "ATEN"})),
                ("autotune, Triton convs", dict(mode="max-autotune-no-cudagraphs", inductor={
                    "max_autotune_conv_backends": "ATEN,TRITON", "coordinate_descent_tuning": True})),
                ("max-autotune", dict(mode="max-autotune", graph=False)), ("eager in a graph", dict(mode=None))]
@@ -42,6 +43,7 @@ SAMPLE_SWEEP = [("compile + graph", {}), ("norm sums", dict(norm="sums")), ("nor
                 ("force layout", dict(inductor={"force_layout_optimization": True})),
                 ("coordinate descent", dict(inductor={"coordinate_descent_tuning": True})),
                 ("single projections", dict(batch_emb=False)),
+                ("autotune, cuDNN convs", dict(mode="max-autotune-no-cudagraphs", inductor={"max_autotune_conv_backends": "ATEN"})),
                 ("autotune, Triton convs", dict(mode="max-autotune-no-cudagraphs", inductor={
                     "max_autotune_conv_backends": "ATEN,TRITON", "coordinate_descent_tuning": True})),
                 ("max-autotune", dict(mode="max-autotune", graph=False)), ("eager in a graph", dict(mode=None))]

@@ -38,6 +38,7 @@ def prepare(job, training):
         setattr(target, path[-1], value)
     torch.backends.cudnn.benchmark = True
     if job["device"] == "cuda":
+        inductor.triton.unique_kernel_names = bool(job.get("kernels"))
         torch.backends.cudnn.benchmark_limit = 0
     torch.backends.cudnn.allow_tf32 = True
     torch.set_float32_matmul_precision("high")
