@@ -263,7 +263,8 @@ bench)
         for config in "${configs[@]:3}"; do
             step "cuda-step-$config" 60 bin/iddpm bench step --device cuda --config "$config" --json "$log/step-$config.json"
         done
-        step cuda-kernels-imagenet64 60 bin/iddpm bench kernels --device cuda --config imagenet64 --json "$log/kernels-imagenet64.json"
+        step cuda-kernels-imagenet64 60 bin/iddpm bench kernels --device cuda --config imagenet64 --batch-size 64 \
+            --json "$log/kernels-imagenet64.json"
         step cuda-sample-imagenet64 100 bin/iddpm bench sample --device cuda --config imagenet64 --limit-seconds 2 --json "$log/sample-imagenet64.json"
     else
         for program in bench-programs/*; do
