@@ -14,8 +14,12 @@ set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 
 command -v python3 >/dev/null || { echo "compare: python3 is needed; without it: iddpm bench step" >&2; exit 3; }
+for flag in "$@"; do
+    [[ $flag != -h && $flag != --help ]] || exec python3 -B "$root/benches/peer/compare.py" --help
+done
 binary=${IDDPM_BINARY:-$root/target/release/iddpm}
 if [[ -z ${IDDPM_BINARY:-} ]]; then
+    command -v cargo >/dev/null || { echo "compare: cargo is needed to build the program, or IDDPM_BINARY naming one" >&2; exit 3; }
     cargo build --release --quiet --manifest-path "$root/Cargo.toml"
 fi
 

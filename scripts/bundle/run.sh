@@ -263,7 +263,8 @@ bench)
         for config in "${configs[@]:3}"; do
             step "cuda-step-$config" 60 bin/iddpm bench step --device cuda --config "$config" --json "$log/step-$config.json"
         done
-        step cuda-kernels-imagenet64 60 bin/iddpm bench kernels --device cuda --config imagenet64 --json "$log/kernels-imagenet64.json"
+        step cuda-kernels-imagenet64 60 bin/iddpm bench kernels --device cuda --config imagenet64 --batch-size 64 \
+            --json "$log/kernels-imagenet64.json"
         step cuda-sample-imagenet64 100 bin/iddpm bench sample --device cuda --config imagenet64 --limit-seconds 2 --json "$log/sample-imagenet64.json"
     else
         for program in bench-programs/*; do
@@ -276,24 +277,24 @@ peer)
     toy=()
     ((gpu)) || toy=(--device cpu --tiny)
     step peer-golden 120 "$python" -B benches/peer/check.py --norm native
-    step peer-ceilings-conv 190 "$python" -B benches/peer/measure.py --stage ceilings conv "${toy[@]}" --budget 180 --out "$log"
-    step peer-parts 170 "$python" -B benches/peer/measure.py --stage micro "${toy[@]}" --budget 160 --out "$log"
+    step peer-ceilings-conv 240 "$python" -B benches/peer/measure.py --stage ceilings conv "${toy[@]}" --budget 230 --out "$log"
+    step peer-parts 180 "$python" -B benches/peer/measure.py --stage micro "${toy[@]}" --budget 170 --out "$log"
     step peer-startup 120 "$python" -B benches/peer/measure.py --stage startup "${toy[@]}" --budget 110 --out "$log"
     ;;
 compare)
+    left_minutes() { local tenths=$(((deadline - SECONDS - 20) * 10 / 60)); echo "$((tenths / 10)).$((tenths % 10))"; }
     needs_torch
     if ((gpu)); then
         [[ -d $log/work/compiler-cache ]] ||
             step peer-warm 150 "$python" -B benches/peer/measure.py --stage warm --configs cifar10 --budget 140 --out "$log/work"
-        tenths=$(((deadline - SECONDS - 20) * 10 / 60))
         step cuda-both 3600 "$python" -B benches/peer/compare.py --device cuda --binary bin/iddpm --python "$python_path" --resume \
-            --limit-minutes "$((tenths / 10)).$((tenths % 10))" --work "$log/work" --out "$log" "${flags[@]}"
+            --limit-minutes "$(left_minutes)" --work "$log/work" --out "$log" "${flags[@]}"
         cat "$log/cuda.md" 2>/dev/null
         tar -czf "$work/cache.part" -C "$work" compare/work/compiler-cache 2>/dev/null &&
             (($(stat -c %s "$work/cache.part") < 15 << 20)) && cp "$work/cache.part" "$results/compiler-cache.tgz"
     else
         step cpu-both 3600 "$python" -B benches/peer/compare.py --binary bin/iddpm --python "$python_path" --configs t1,t3 \
-            --sample-configs t1 --variants P0,P1 --limit-s 40 --work "$log/work" --out "$log" "${flags[@]}"
+            --sample-configs t1 --batches 16 --variants P0,P1 --limit-s 40 --limit-minutes "$(left_minutes)" --work "$log/work" --out "$log" "${flags[@]}"
         cat "$log/cpu.md" 2>/dev/null
     fi
     ;;

@@ -135,7 +135,11 @@ enum Command {
     #[command(after_help = "Example:\n  iddpm doctor")]
     Doctor,
     /// Measure speed
-    #[command(subcommand)]
+    #[command(
+        subcommand,
+        after_help = "Examples:\n  iddpm bench step --config t1\n  iddpm bench kernels --config cifar10 --batch-size 4\n  \
+                      iddpm bench sample --device cuda --batches 1,128 --json sample.json\n  iddpm bench memory --device emulated"
+    )]
     Bench(bench::BenchCommand),
 }
 
