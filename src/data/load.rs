@@ -188,11 +188,7 @@ fn mixed(root: &Path, path: &Path, first: [usize; 3], item: &Item, shape: [usize
     let kind = |c: usize| if c == 1 { "grey" } else { "colour" };
     let what = if first[2] != shape[2] {
         let (a, b) = (kind(first[2]), kind(shape[2]));
-        format!(
-            "{} is {a}, {} is {b}: give --channels 1 or 3 to convert all",
-            path.display(),
-            item.path.display()
-        )
+        format!("{} is {a}, {} is {b}: give --channels 1 or 3 to convert all", path.display(), item.path.display())
     } else {
         format!(
             "{} is {}x{}, {} is {}x{}: give --image-size to bring all to one",
