@@ -1,6 +1,7 @@
 //! The recorded network: sizes, gradients against central differences, memory reuse, sampling and bits/dim.
 
 use crate::device::device;
+use approx::assert_relative_eq;
 use iddpm::autograd;
 use iddpm::config::{DiffusionConfig, LossType, ModelConfig, Schedule, VarType};
 use iddpm::device::{Device, Plan, PlanId};
@@ -215,7 +216,7 @@ fn input_gradient_agrees_with_central_differences() {
     };
     let measured = (at(1e-2) - at(-1e-2)) / 2e-2;
     // x moves the scalar by `measured`, its gradient says `size`; the bound is that of the tensors above.
-    assert!((measured - size).abs() <= 0.02 * size.abs(), "central difference {measured}, gradient {size}");
+    assert_relative_eq!(measured, size, max_relative = 0.02);
 }
 
 #[test]
@@ -423,6 +424,6 @@ fn bits_per_dim_do_not_depend_on_the_batch_and_add_up() {
     let (mean, interval) = mean_and_interval(&report.total_bpd);
     let prior = report.prior_bpd.iter().sum::<f64>() / 3.0;
     let sum = prior + report.vb_bpd.iter().sum::<f64>();
-    assert!((mean - sum).abs() <= 1e-9 * sum, "mean {mean}, sum of the terms {sum}");
+    assert_relative_eq!(mean, sum, max_relative = 1e-9);
     assert!(interval > 0.0 && report.vb_bpd[1..].iter().all(|&kl| kl >= 0.0));
 }
