@@ -252,18 +252,7 @@ impl Checkpoint {
         let file = File::open(path).map_err(Error::io(path, "read"))?;
         // SAFETY: mapped for reading; a checkpoint is never changed in place, only replaced by rename.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(Error::io(path, "read"))?;
-        let bad = |what: String| Error::checkpoint(path, what);
-        damage::check_length(&map).map_err(bad)?;
-        let (_, header) = SafeTensors::read_metadata(&map).map_err(|e| bad(format!("damaged header: {e}")))?;
-        let metadata = header.metadata().clone().unwrap_or_default();
-        let Some(format) = metadata.get(FORMAT_KEY) else { return Err(bad(damage::foreign(&header.offset_keys()))) };
-        if *format != FORMAT.to_string() {
-            let what =
-                format!("checkpoint format {format}, this program reads {FORMAT}: use the version that wrote it");
-            return Err(bad(what));
-        }
-        let progress = read_progress(&metadata).map_err(bad)?;
-        progress.config.validate().map_err(|e| bad(format!("damaged metadata: impossible configuration: {e}")))?;
+        let progress = parse(&map).map_err(|what| Error::checkpoint(path, what))?;
         Ok(Checkpoint { path: path.into(), map, progress })
     }
 
@@ -355,9 +344,11 @@ impl Checkpoint {
 
     fn region(&self, prefix: &str, slots: &[Slot], len: usize) -> Result<Vec<f32>> {
         let tensors = self.tensors()?;
+        let bytes = |s: &Slot| self.tensor(&tensors, &format!("{prefix}.{}", s.name), Dtype::F32, s.dims);
+        // All of them before memory is taken: a damaged configuration may ask for any amount.
+        let found = slots.iter().map(bytes).collect::<Result<Vec<_>>>()?;
         let mut flat = vec![0.0f32; len];
-        for s in slots {
-            let bytes = self.tensor(&tensors, &format!("{prefix}.{}", s.name), Dtype::F32, s.dims)?;
+        for (s, bytes) in slots.iter().zip(found) {
             let out = &mut flat[s.offset..s.offset + s.len()];
             bytemuck::cast_slice_mut::<f32, u8>(out).copy_from_slice(bytes);
             if let Some(bad) = out.iter().find(|x| !x.is_finite()) {
@@ -380,6 +371,24 @@ impl Checkpoint {
         }
         Ok(t.data())
     }
+}
+
+/// What the bytes of a checkpoint say of its run; its tensors are not looked at.
+///
+/// # Errors
+/// What is damaged, missing or of another program or version, in words.
+pub fn parse(bytes: &[u8]) -> std::result::Result<Progress, String> {
+    damage::check_length(bytes)?;
+    let (_, header) = SafeTensors::read_metadata(bytes).map_err(|e| format!("damaged header: {e}"))?;
+    let metadata = header.metadata().clone().unwrap_or_default();
+    let Some(format) = metadata.get(FORMAT_KEY) else { return Err(damage::foreign(&header.offset_keys())) };
+    if *format != FORMAT.to_string() {
+        return Err(format!("checkpoint format {format}, this program reads {FORMAT}: use the version that wrote it"));
+    }
+    let progress = read_progress(&metadata)?;
+    let impossible = |e| format!("damaged metadata: impossible configuration: {e}");
+    progress.config.validate().map_err(impossible)?;
+    Ok(progress)
 }
 
 /// The metadata as numbers and a configuration.

@@ -37,6 +37,18 @@ pub enum Values {
     F64(Vec<f64>),
 }
 
+impl Values {
+    /// Name of the type in NumPy.
+    pub fn dtype(&self) -> &'static str {
+        match self {
+            Values::U8(_) => "uint8",
+            Values::I64(_) => "int64",
+            Values::F32(_) => "float32",
+            Values::F64(_) => "float64",
+        }
+    }
+}
+
 impl Array {
     /// A one-dimensional float64 array.
     pub fn from_f64(values: Vec<f64>) -> Self {
@@ -258,11 +270,15 @@ fn directory(from: &mut (impl Read + Seek)) -> Words<Vec<Entry>> {
     let mut rest = &bytes[..];
     let mut entries = Vec::new();
     while !rest.is_empty() {
-        let (entry, len) = directory_entry(rest)?;
+        let (entry, used) = directory_entry(rest)?;
         entries.push(entry);
-        rest = rest.get(len..).ok_or("its directory is cut short")?;
+        rest = rest.get(used..).ok_or("its directory is cut short")?;
     }
-    Ok(entries)
+    // Entries that share bytes would make a small file any number of large arrays.
+    match entries.iter().try_fold(0u64, |sum, e| sum.checked_add(e.packed)).is_some_and(|sum| sum <= len) {
+        true => Ok(entries),
+        false => Err(format!("its entries claim more than the {len} bytes of the file")),
+    }
 }
 
 fn directory_entry(bytes: &[u8]) -> Words<(Entry, usize)> {

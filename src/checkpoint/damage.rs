@@ -1,8 +1,7 @@
 //! What a file is that is no checkpoint: cut off, damaged, or another program's.
 
 /// The message for a file that torch.save wrote.
-const PYTORCH: &str =
-    "a PyTorch file (.pt or .pth): it cannot be read, only .safetensors files written by `iddpm train`";
+const PYTORCH: &str = "a PyTorch file: bring it in with `iddpm import`, which writes a checkpoint";
 
 /// Tells files of other kinds and truncated ones by their first bytes and their length.
 pub(super) fn check_length(bytes: &[u8]) -> std::result::Result<(), String> {
@@ -36,12 +35,11 @@ pub(super) fn foreign(names: &[String]) -> String {
     let first = names.first().map_or("none", String::as_str);
     let kind = match () {
         () if names.iter().any(|n| n.starts_with("input_blocks.")) => "a state dict of the reference",
-        () if names.iter().any(|n| n.starts_with("down_blocks.")) => "a diffusers model",
-        () => "a safetensors file",
+        () if names.iter().any(|n| n.starts_with("down_blocks.")) => "weights of diffusers",
+        () => {
+            let n = names.len();
+            return format!("no checkpoint: a safetensors file of another program ({n} tensors, the first is {first})");
+        }
     };
-    format!(
-        "{kind} of another program ({} tensors, the first is {first}): its configuration is not in it, so it cannot \
-             be used; give a checkpoint written by `iddpm train`",
-        names.len()
-    )
+    format!("{kind}, no checkpoint (the first tensor is {first}): bring it in with `iddpm import`, which writes one")
 }

@@ -80,7 +80,7 @@ fn every_truncation_is_one_error() {
 #[test]
 fn damage_is_named() {
     let cases = [
-        (message(|b| b[..4].copy_from_slice(b"PK\x03\x04")), vec!["PyTorch", ".pt"]),
+        (message(|b| b[..4].copy_from_slice(b"PK\x03\x04")), vec!["PyTorch", "iddpm import"]),
         (message(|b| *b = b"hello, this is no checkpoint".to_vec()), vec!["not a safetensors file"]),
         (message(|b| replace(b, "iddpm_format\":\"1\"", "iddpm_format\":\"9\"")), vec!["format 9", "reads 1"]),
         (message(|b| replace(b, "iddpm_format", "other_format")), vec!["another program", "adam_m.a."]),
@@ -88,11 +88,38 @@ fn damage_is_named() {
         (message(|b| replace(b, "[2,1,1,3]", "[1,2,1,3]")), vec!["adam_m.a.weight", "[2, 1, 1, 3]", "[1, 2, 1, 3]"]),
         (message(|b| replace(b, "\"step\":\"7\"", "\"step\":\"x\"")), vec!["`step`", "\"x\""]),
         (message(|b| replace(b, "diffusion_steps", "diffusion_stops")), vec!["`config`", "diffusion_steps"]),
+        (message(|b| replace(b, "model_channels\\\":128", "model_channels\\\":1e8")), vec!["`config`", "100000000"]),
         (message(|b| b.push(0)), vec!["damaged"]),
+        (message(|b| *b = other_program("input_blocks.0.0.bias")), vec!["reference", "iddpm import"]),
+        (message(|b| *b = other_program("down_blocks.0.bias")), vec!["diffusers", "iddpm import"]),
     ];
     for (text, parts) in cases {
         parts.iter().for_each(|p| assert!(text.contains(p), "{text:?} lacks {p:?}"));
     }
+}
+
+/// A safetensors file of one tensor without metadata.
+fn other_program(name: &str) -> Vec<u8> {
+    let t = TensorView::new(Dtype::F32, vec![1], &[0; 4]).unwrap();
+    safetensors::serialize([(name, t)], None).unwrap()
+}
+
+/// A configuration may ask for any network; memory is taken for one that the file holds.
+#[test]
+fn a_network_that_is_not_in_the_file_takes_no_memory() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("m");
+    save(&path, &snapshot(), &slots()).unwrap();
+    let c = Checkpoint::open(&path).unwrap();
+    let dims = [1 << 40, 1 << 20];
+    let huge = [slots()[0], Slot { name: "a.bias", dims: &dims, offset: 8 }];
+    let text = c.weights(&huge, 1 << 60).unwrap_err().to_string();
+    assert!(text.contains("model.a.bias") && text.contains("[1099511627776, 1048576]"), "{text}");
+    let mut s = snapshot();
+    s.progress.config.model.num_classes = Some(usize::MAX);
+    save(&path, &s, &slots()).unwrap();
+    let text = Checkpoint::open(&path).err().expect("too many classes").to_string();
+    assert!(text.contains("number of classes") && text.contains("1048576"), "{text}");
 }
 
 #[test]

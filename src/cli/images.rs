@@ -78,15 +78,19 @@ pub fn channel_moments(pixels: &[u8], c: usize) -> (Vec<f64>, Vec<f64>) {
     (0..c).map(moments).unzip()
 }
 
-/// Mean and deviation of pictures beside those of the training images: a tint or a lack of contrast shows here.
-pub fn brightness(pixels: &[u8], recorded: &DataConfig) -> String {
-    let text = |(mean, std): (&[f64], &[f64])| {
+/// Mean and deviation of pictures of `c` channels beside those of the training images, if they are known: a tint or a
+/// lack of contrast shows here.
+pub fn brightness(pixels: &[u8], c: usize, recorded: &DataConfig) -> String {
+    let text = |mean: &[f64], std: &[f64]| {
         let channels = mean.iter().zip(std).map(|(m, s)| format!("{m:.1} ± {s:.1}"));
         channels.collect::<Vec<_>>().join(", ")
     };
-    let (mean, std) = channel_moments(pixels, recorded.mean.len().max(1));
-    let data = text((&recorded.mean, &recorded.std));
-    format!("mean ± deviation by channel: {}; of the training images: {data}", text((&mean, &std)))
+    let (mean, std) = channel_moments(pixels, c);
+    let pictures = format!("mean ± deviation by channel: {}", text(&mean, &std));
+    match recorded.mean.is_empty() {
+        true => pictures,
+        false => format!("{pictures}; of the training images: {}", text(&recorded.mean, &recorded.std)),
+    }
 }
 
 /// One of the words that `T` is written as.

@@ -104,11 +104,13 @@ fn read(path: &Path, size: [usize; 3]) -> Result<Start> {
     let mut arrays = npz::read(path)?;
     let mut take = |name: &str| arrays.iter().position(|(n, _)| n == name).map(|i| arrays.swap_remove(i).1);
     let latents = take("arr_0").ok_or_else(|| Error::data(path, "there is no arr_0 (float32 latents, NHWC) in it"))?;
+    let dtype = latents.values.dtype();
     let (pictures, x) = match (latents.values, &latents.shape[..]) {
         (Values::F32(x), &[n, h, w, c]) if [h, w, c] == size && n > 0 => (n, x),
         (_, shape) => {
             let [h, w, c] = size;
-            let what = format!("arr_0 has shape {shape:?}; latents of this model are float32 of (n, {h}, {w}, {c})");
+            let what =
+                format!("arr_0 is {dtype} of {shape:?}; latents of this model are float32 of (n, {h}, {w}, {c})");
             return Err(Error::data(path, what));
         }
     };
@@ -121,11 +123,9 @@ fn read(path: &Path, size: [usize; 3]) -> Result<Start> {
             let label = |l: i64| i32::try_from(l).map_err(|_| Error::data(path, format!("arr_1 holds {l}: no label")));
             Some(labels.into_iter().map(label).collect::<Result<_>>()?)
         }
-        Some(other) => {
-            return Err(Error::data(
-                path,
-                format!("arr_1 has shape {:?}; labels are int64 of ({pictures})", other.shape),
-            ));
+        Some(Array { values, shape }) => {
+            let what = format!("arr_1 is {} of {shape:?}; labels are int64 of [{pictures}]", values.dtype());
+            return Err(Error::data(path, what));
         }
     };
     Ok(Start { x, pictures, labels, columns: None })

@@ -281,7 +281,7 @@ impl SampleArgs {
         let (pixels, classes) = (Array::images([n, h, w, c], bytes.clone()), labels.map(Array::labels));
         let arrays: Vec<_> = [("arr_0", &pixels)].into_iter().chain(classes.as_ref().map(|l| ("arr_1", l))).collect();
         npz::write(&npz, &arrays)?;
-        println!("colour    {}", images::brightness(&bytes, &config.data));
+        println!("colour    {}", images::brightness(&bytes, c, &config.data));
         println!("written   {}", npz.display());
         if c == 1 || c == 3 {
             let shown = grid::Images::new(size, &bytes[..if columns.is_some() { n } else { n.min(GRID) } * h * w * c]);

@@ -296,7 +296,7 @@ impl Preview {
             path.display(),
             sampler.steps(),
             log::duration(began.elapsed().as_secs_f64()),
-            images::brightness(&bytes, &c.data)
+            images::brightness(&bytes, c.model.in_channels, &c.data)
         ))
     }
 }

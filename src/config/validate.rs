@@ -80,7 +80,8 @@ impl ModelConfig {
             )
         })?;
         self.validate_attention()?;
-        check(self.num_classes.is_none_or(|n| n >= 1), || "--class-cond needs images with labels".into())
+        check(self.num_classes.is_none_or(|n| n >= 1), || "--class-cond needs images with labels".into())?;
+        self.num_classes.map_or(Ok(()), |n| within("class-cond: number of classes", n, 1, 1 << 20))
     }
 
     /// Size of the image at each level of the network, from the first.

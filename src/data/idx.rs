@@ -10,7 +10,7 @@ use std::{
 use super::{
     DataSpec, Dataset, Labels, Source, Split,
     decode::check_size,
-    load::{Raw, reserve},
+    load::{Raw, fits},
     reader,
 };
 use crate::error::{Error, Result};
@@ -123,7 +123,7 @@ impl Images {
 pub fn images(path: &Path, mut from: impl Read) -> Result<Images> {
     let [n, h, w] = header::<3>(path, &mut from, "images")?;
     check_size(w, h).map_err(|what| Error::data(path, what))?;
-    let pixels = body(path, from, reserve(path, [n, h, w, 1])?, n * h * w)?;
+    let pixels = body(path, from, fits(path, [n, h, w, 1])?)?;
     Ok(Images { shape: [n, h, w], pixels })
 }
 
@@ -133,7 +133,7 @@ pub fn images(path: &Path, mut from: impl Read) -> Result<Images> {
 /// [`Error::Data`]: not such a file, or fewer bytes than the header says.
 pub fn labels(path: &Path, mut from: impl Read) -> Result<Vec<u8>> {
     let [n] = header::<1>(path, &mut from, "labels")?;
-    body(path, from, Vec::new(), n)
+    body(path, from, n)
 }
 
 fn labels_of(path: &Path, n: usize) -> Result<Vec<u8>> {
@@ -164,7 +164,11 @@ fn header<const D: usize>(path: &Path, from: &mut impl Read, what: &str) -> Resu
     Ok(sizes)
 }
 
-fn body(path: &Path, from: impl Read, mut bytes: Vec<u8>, len: usize) -> Result<Vec<u8>> {
+/// Memory taken before the first byte is read; a header may state any number of images.
+const FIRST: usize = 64 << 20;
+
+fn body(path: &Path, from: impl Read, len: usize) -> Result<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(len.min(FIRST));
     let read = from.take(len as u64).read_to_end(&mut bytes);
     let got = bytes.len();
     match read {

@@ -33,25 +33,36 @@ fn available_memory() -> Option<u64> {
     Some(container.map_or(free, |limit: u64| free.min(limit)))
 }
 
-/// An empty buffer with room for n·h·w·c bytes.
+fn no_room(path: &Path, [n, h, w, c]: [usize; 4], need: u128) -> Error {
+    let has = available_memory().map_or(String::new(), |b| format!(", {:.1} MB are available", b as f64 / 1e6));
+    Error::data(
+        path,
+        format!(
+            "{n} images of {w}x{h}x{c} need {:.1} MB of memory (n·h·w·c bytes){has}: choose a smaller image \
+             size or a limit on the number of images",
+            need as f64 / 1e6
+        ),
+    )
+}
+
+/// n·h·w·c, if there is that much memory.
 ///
 /// # Errors
 /// [`Error::Data`] naming the need, what is available and the remedy.
-pub fn reserve(path: &Path, [n, h, w, c]: [usize; 4]) -> Result<Vec<u8>> {
-    let need = [n, h, w, c].iter().fold(1u128, |product, &d| product * d as u128);
+pub fn fits(path: &Path, shape: [usize; 4]) -> Result<usize> {
+    let need = shape.iter().fold(1u128, |product, &d| product * d as u128);
     let free = available_memory().map_or(u128::MAX, u128::from);
+    if need > free || need > isize::MAX as u128 { Err(no_room(path, shape, need)) } else { Ok(need as usize) }
+}
+
+/// An empty buffer with room for n·h·w·c bytes.
+///
+/// # Errors
+/// As [`fits`].
+pub fn reserve(path: &Path, shape: [usize; 4]) -> Result<Vec<u8>> {
+    let need = fits(path, shape)?;
     let mut buffer = Vec::new();
-    if need > free || need > isize::MAX as u128 || buffer.try_reserve_exact(need as usize).is_err() {
-        let has = available_memory().map_or(String::new(), |b| format!(", {:.1} MB are available", b as f64 / 1e6));
-        return Err(Error::data(
-            path,
-            format!(
-                "{n} images of {w}x{h}x{c} need {:.1} MB of memory (n·h·w·c bytes){has}: choose a smaller image \
-                 size or a limit on the number of images",
-                need as f64 / 1e6
-            ),
-        ));
-    }
+    buffer.try_reserve_exact(need).map_err(|_| no_room(path, shape, need as u128))?;
     Ok(buffer)
 }
 

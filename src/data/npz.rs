@@ -13,10 +13,13 @@ pub fn open(spec: &DataSpec) -> Result<Dataset> {
         return Err(Error::data(path, "an npz has no test split"));
     }
     let mut arrays = npz::read(path)?;
+    let names = arrays.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>().join(", ");
     let mut take = |name: &str| arrays.iter().position(|(n, _)| n == name).map(|i| arrays.swap_remove(i).1);
-    let images = take("arr_0").ok_or_else(|| Error::data(path, "there is no arr_0 (uint8 images, NHWC) in it"))?;
+    let missing = || Error::data(path, format!("no arr_0 (uint8 images, NHWC) in it; it holds {names}"));
+    let images = take("arr_0").ok_or_else(missing)?;
+    let dtype = images.values.dtype();
     let (Values::U8(pixels), &[n, h, w, c @ (1 | 3)]) = (images.values, &images.shape[..]) else {
-        let what = format!("arr_0 has shape {:?}; images are uint8 of (n, h, w, 1 or 3)", images.shape);
+        let what = format!("arr_0 is {dtype} of {:?}; images are uint8 of (n, h, w, 1 or 3)", images.shape);
         return Err(Error::data(path, what));
     };
     let labels = take("arr_1").map(|array| labels(spec, array, n)).transpose()?;
@@ -31,12 +34,11 @@ const MAX_CLASSES: i64 = 1 << 20;
 
 fn labels(spec: &DataSpec, array: npz::Array, n: usize) -> Result<Vec<i32>> {
     let fail = |what: String| Error::data(&spec.path, what);
-    let Values::I64(values) = array.values else {
-        return Err(fail("arr_1 (labels) is not int64".into()));
+    let dtype = array.values.dtype();
+    let (Values::I64(values), true) = (array.values, array.shape == [n]) else {
+        let what = format!("arr_1 is {dtype} of {:?}; labels of {n} images are int64 of [{n}]", array.shape);
+        return Err(fail(what));
     };
-    if values.len() != n {
-        return Err(fail(format!("arr_1 has {} labels for {n} images", values.len())));
-    }
     match values.iter().find(|v| !(0..MAX_CLASSES).contains(v)) {
         Some(v) => Err(fail(format!("arr_1 holds {v}: labels are numbers from 0"))),
         None => Ok(values.into_iter().map(|v| v as i32).collect()),

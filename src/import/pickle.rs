@@ -12,7 +12,7 @@ type Result<T> = std::result::Result<T, String>;
 
 /// Most operations of a stream, and most values they may make. A model of a thousand tensors needs some 50,000.
 const MAX_OPERATIONS: usize = 8 << 20;
-const MAX_VALUES: usize = 2 << 20;
+const MAX_VALUES: usize = 1 << 19;
 /// Most dimensions of a tensor.
 const MAX_DIMS: usize = 16;
 
@@ -226,6 +226,8 @@ struct Machine<'a> {
     stack: Vec<Id>,
     marks: Vec<usize>,
     memo: HashMap<u32, Id>,
+    /// Entries of the dicts that were made from lists.
+    entries: usize,
 }
 
 impl<'a> Machine<'a> {
@@ -258,7 +260,7 @@ impl<'a> Machine<'a> {
 
     fn push(&mut self, value: Value<'a>) -> Result<()> {
         if self.values.len() == MAX_VALUES {
-            return Err(format!("more than {MAX_VALUES} values, a hundred times what a model needs"));
+            return Err(format!("more than {MAX_VALUES} values, ten times what a model needs"));
         }
         self.stack.push(self.values.len() as Id);
         self.values.push(value);
@@ -470,31 +472,33 @@ impl<'a> Machine<'a> {
     fn reduce(&mut self) -> Result<()> {
         let (args, function) = (self.pop()?, self.pop()?);
         let Value::Tuple(args) = self.value(args) else { return Err("damaged: a call without arguments".into()) };
-        let args = args.clone();
-        match *self.value(function) {
-            Value::Global(Global::OrderedDict) => {
-                let dict = self.ordered_dict(&args)?;
-                self.push(Value::Dict(dict))
-            }
-            Value::Global(Global::RebuildTensor) => {
-                let tensor = self.tensor(&args)?;
-                self.push(Value::Tensor(tensor))
-            }
-            Value::Global(Global::RebuildParameter | Global::Size) if !args.is_empty() => {
-                let inner = self.value(args[0]).clone();
-                match inner {
-                    Value::Tensor(_) | Value::Tuple(_) => self.push(inner),
-                    other => Err(format!("damaged: a parameter made from {}", other.kind())),
+        let made = match *self.value(function) {
+            Value::Global(Global::OrderedDict) => Value::Dict(self.ordered_dict(args)?),
+            Value::Global(Global::RebuildTensor) => Value::Tensor(self.tensor(args)?),
+            Value::Global(Global::Encode) => Value::Opaque,
+            Value::Global(Global::RebuildParameter | Global::Size) if !args.is_empty() => match self.value(args[0]) {
+                // The value itself, not a copy: a stream may call this as often as it likes.
+                Value::Tensor(_) | Value::Tuple(_) => {
+                    self.stack.push(args[0]);
+                    return Ok(());
                 }
-            }
-            Value::Global(Global::Encode) => self.push(Value::Opaque),
-            ref other => Err(format!("a call of {} is no part of a tensor file: refused", other.kind())),
+                other => return Err(format!("damaged: a parameter made from {}", other.kind())),
+            },
+            ref other => return Err(format!("a call of {} is no part of a tensor file: refused", other.kind())),
+        };
+        if let Value::Dict(entries) = &made {
+            self.entries += entries.len();
         }
+        self.push(made)
     }
 
+    /// From a list of pairs. Lists may be named again and again, so that the entries of all dicts are counted.
     fn ordered_dict(&self, args: &[Id]) -> Result<Vec<(Id, Id)>> {
         let Some(&items) = args.first() else { return Ok(vec![]) };
         let Value::List(items) = self.value(items) else { return Err("damaged: a dict made from no list".into()) };
+        if self.entries + items.len() > MAX_VALUES {
+            return Err(format!("dicts of more than {MAX_VALUES} entries, ten times what a model needs"));
+        }
         let pair = |&id: &Id| match self.value(id) {
             Value::List(kv) | Value::Tuple(kv) if kv.len() == 2 => Ok((kv[0], kv[1])),
             other => Err(format!("damaged: a dict entry that is {}", other.kind())),

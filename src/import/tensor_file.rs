@@ -18,7 +18,7 @@ pub type Text<T> = std::result::Result<T, String>;
 
 /// Deepest nesting of containers, and most values and bytes of names in all.
 const MAX_DEPTH: usize = 16;
-const MAX_VISITS: usize = 2 << 20;
+const MAX_VISITS: usize = 1 << 19;
 const MAX_NAME_BYTES: usize = 64 << 20;
 /// A tensor that repeats elements (stride 0) may have this many elements without the file holding them.
 const MAX_EXPANDED: usize = 1 << 24;
@@ -273,7 +273,10 @@ fn parse_safetensors(bytes: &[u8]) -> Text<Found> {
     for (name, view) in st.iter() {
         let dtype = of_safetensors(view.dtype()).ok_or_else(|| format!("{name}: element type {:?}", view.dtype()))?;
         let dims = view.shape().to_vec();
-        let strides = (0..dims.len()).map(|d| dims[d + 1..].iter().product()).collect();
+        // Sizes beside a 0 are not bounded by the length of the file.
+        let stride = |d: usize| dims[d + 1..].iter().try_fold(1usize, |n, &size| n.checked_mul(size));
+        let strides = (0..dims.len()).map(stride).collect::<Option<Vec<_>>>();
+        let strides = strides.ok_or_else(|| format!("{name}: a tensor of size {dims:?}"))?;
         let at = view.data().as_ptr() as usize - bytes.as_ptr() as usize;
         found.tensors.insert(name.into(), Tensor { dtype, dims, strides, at });
     }

@@ -11,8 +11,12 @@ const ROUNDS: u64 = 400;
 /// What a target does with the bytes of a file.
 type Target = fn(&[u8]);
 
-const TARGETS: [(&str, Target); 6] = [
+const TARGETS: [(&str, Target); 7] = [
     ("tensor_file", |b| drop(iddpm::import::tensor_file::parse(b))),
+    ("safetensors", |b| {
+        drop(iddpm::import::tensor_file::parse(b));
+        drop(iddpm::checkpoint::parse(b).map(|p| iddpm::unet::Params::new(&p.config.model)));
+    }),
     ("pickle", |b| drop(iddpm::import::pickle::read(b))),
     ("zip", |b| {
         if let Ok(entries) = iddpm::import::zip::entries(b) {
@@ -65,20 +69,31 @@ fn mutate(bytes: &mut Vec<u8>, random: &mut Random) {
     }
 }
 
-fn corpus(target: &str) -> Vec<PathBuf> {
+/// What lies in `folder` of `fuzz`.
+fn files(folder: &str) -> Vec<PathBuf> {
     let root = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
-    let folder = Path::new(&root).join("fuzz/corpus").join(target);
+    let folder = Path::new(&root).join("fuzz").join(folder);
     let entries = std::fs::read_dir(&folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
     let mut found: Vec<PathBuf> = entries.map(|e| e.unwrap().path()).collect();
     found.sort();
-    assert!(!found.is_empty(), "{}: no seeds", folder.display());
+    assert!(!found.is_empty(), "{}: no files", folder.display());
     found
+}
+
+#[test]
+fn every_target_runs_here() {
+    let mut names = TARGETS.map(|(name, _)| name);
+    names.sort_unstable();
+    for folder in ["fuzz_targets", "corpus"] {
+        let found: Vec<String> = files(folder).iter().map(|p| p.file_stem().unwrap().display().to_string()).collect();
+        assert_eq!(found, names, "{folder}");
+    }
 }
 
 #[test]
 fn damaged_files_never_panic() {
     for (name, target) in TARGETS {
-        for (k, seed) in corpus(name).iter().enumerate() {
+        for (k, seed) in files(&format!("corpus/{name}")).iter().enumerate() {
             let bytes = std::fs::read(seed).unwrap();
             target(&bytes);
             for round in 0..ROUNDS {

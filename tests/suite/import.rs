@@ -423,12 +423,42 @@ fn hostile_pickles_are_refused_and_not_run() {
                 .concat(),
             "nested",
         ),
+        // One large list made into a dict again and again.
+        (
+            [
+                b"\x80\x02NN\x86q\x02](".to_vec(),
+                b"h\x02".repeat(4000),
+                b"eq\0ccollections\nOrderedDict\nq\x01(".to_vec(),
+                b"h\x01h\0\x85R".repeat(4000),
+                b"l.".to_vec(),
+            ]
+            .concat(),
+            "dicts of more than",
+        ),
     ];
     for (object, part) in cases {
         let text = parse(&container(&object, &[])).map(|_| ()).expect_err(part);
         assert!(text.contains(part), "{text:?} lacks {part:?}");
         assert!(!marker.exists(), "{part}: code was executed");
     }
+}
+
+/// A size made from one long tuple again and again is the tuple itself: copies would fill hundreds of gigabytes.
+#[test]
+fn a_long_tuple_is_not_copied() {
+    let sizes = b"h\x01h\0\x85R".repeat(100_000);
+    let head = [b"\x80\x02(".to_vec(), b"K\x07".to_vec(), b"2".repeat(400_000)].concat();
+    let object = [head, b"tq\0ctorch\nSize\nq\x01(".to_vec(), sizes, b"l0}.".to_vec()].concat();
+    assert!(parse(&container(&object, &[])).unwrap().tensors.is_empty());
+}
+
+/// A tensor without elements may have any other sizes; their product is not one.
+#[test]
+fn sizes_beside_a_zero_are_refused() {
+    let header = br#"{"w":{"dtype":"F32","shape":[0,1099511627776,1099511627776],"data_offsets":[0,0]}}"#;
+    let file = [&(header.len() as u64).to_le_bytes()[..], header].concat();
+    let text = parse(&file).map(|_| ()).unwrap_err();
+    assert!(text.contains("w: a tensor of size [0, 1099511627776"), "{text}");
 }
 
 /// Sizes, strides and storages that do not lie inside the file.

@@ -342,6 +342,9 @@ fn image_train_leaves_the_files_of_the_reference_and_goes_on_from_them() {
     let c = Checkpoint::open(&at.join("new").join(checkpoint::file_name(3))).unwrap();
     assert_eq!((c.progress.step, c.progress.config.train.weight_decay), (3, 0.1));
     refused(at, &format!("{more} --out new"), &["new", "already"]);
+    // Training that cannot begin takes the import back: the next attempt finds an empty place.
+    refused(at, &format!("{more} --data_dir nowhere --out fresh"), &["nowhere"]);
+    assert!(!at.join("fresh").exists());
 }
 
 #[test]
@@ -352,6 +355,9 @@ fn image_sample_makes_pictures_of_a_pt() {
     let line = format!("image_sample --model_path {model} {flags} --timestep_respacing 4");
     let text = good(at, &line, &[("OPENAI_LOGDIR", "log")]);
     assert!(text.contains("rounded") && text.contains("4 ancestral steps"), "{text}");
+    // What the training images looked like is not in the file.
+    let colour = text.lines().find(|l| l.starts_with("colour")).unwrap();
+    assert!(colour.matches('±').count() == 4 && !colour.contains("training"), "{colour}");
     let arrays = npz::read(&at.join("log/samples_3x16x16x3.npz")).unwrap();
     assert_eq!((arrays.len(), arrays[0].0.as_str(), arrays[0].1.shape.as_slice()), (1, "arr_0", &[3, 16, 16, 3][..]));
     // The same as by way of a checkpoint.

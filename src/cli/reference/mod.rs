@@ -6,6 +6,9 @@
 
 pub mod files;
 pub mod flags;
+mod run;
+
+pub use run::main;
 
 use crate::checkpoint;
 use crate::error::{Error, Result};
@@ -168,6 +171,8 @@ pub struct Translated {
     pub lines: Vec<Vec<String>>,
     /// What goes another way than in the reference.
     pub notes: Vec<String>,
+    /// The folder that the first line, an import, fills for the second.
+    pub imported: Option<PathBuf>,
 }
 
 /// A script's flags on their way to our command lines.
@@ -176,6 +181,7 @@ struct Call<'a> {
     m: &'a ArgMatches,
     env: &'a Environment,
     notes: Vec<String>,
+    imported: Option<PathBuf>,
 }
 
 /// Rewrites the command line `m` of `script`.
@@ -183,13 +189,13 @@ struct Call<'a> {
 /// # Errors
 /// [`Error::Config`] for a path that is needed and not given.
 pub fn translate(script: &Script, m: &ArgMatches, env: &Environment) -> Result<Translated> {
-    let mut call = Call { script, m, env, notes: Vec::new() };
+    let mut call = Call { script, m, env, notes: Vec::new(), imported: None };
     let lines = match script.does {
         Does::Train => call.train()?,
         Does::Sample => vec![call.sample()?],
         Does::Nll => vec![call.nll()?],
     };
-    Ok(Translated { lines, notes: call.notes })
+    Ok(Translated { lines, notes: call.notes, imported: call.imported })
 }
 
 fn is_pt(path: &str) -> bool {
@@ -330,6 +336,7 @@ impl Call<'_> {
             return self.train_in(line, &from);
         }
         // A run of this program: its folder, its settings.
+        self.note("settings that are not given are those of the run, not the defaults of the flags");
         line.push(format!("--resume={}", ours.unwrap_or(from.into()).display()));
         line.extend(self.pass(&[TRAIN], &["save_interval"]));
         line.extend(self.pass(&self.model_groups(), &[]));
@@ -347,6 +354,7 @@ impl Call<'_> {
             line.extend(self.pass(&self.model_groups(), &["large_size", "small_size"]));
         } else {
             lines.push(self.import(Path::new(from), &out));
+            self.imported = Some(out.clone());
             line.push("--resume".into());
             self.note("the order of the images begins anew, and so does the history of loss-second-moment, as in the reference");
         }
@@ -411,26 +419,4 @@ fn number(path: &Path) -> Option<&str> {
 fn beside(path: &Path) -> Option<PathBuf> {
     let step = number(path)?.parse().ok()?;
     Some(path.with_file_name(checkpoint::file_name(step))).filter(|p| p.exists())
-}
-
-/// Runs a script.
-///
-/// # Errors
-/// Those of [`translate`] and of the commands it becomes.
-pub fn main(script: &Script, m: &ArgMatches) -> Result<()> {
-    let t = translate(script, m, &Environment::of_process())?;
-    t.notes.iter().for_each(|note| eprintln!("note: {note}"));
-    for line in &t.lines {
-        eprintln!("same as: iddpm {}", line.iter().map(|a| quoted(a)).collect::<Vec<_>>().join(" "));
-    }
-    for line in &t.lines {
-        super::run(super::parse(line)?)?;
-    }
-    Ok(())
-}
-
-/// An argument as a shell takes it.
-fn quoted(arg: &str) -> String {
-    let plain = |c: char| c.is_alphanumeric() || "-_=./,:+".contains(c);
-    if arg.chars().all(plain) { arg.into() } else { format!("'{}'", arg.replace('\'', r"'\''")) }
 }

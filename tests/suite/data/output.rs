@@ -128,6 +128,42 @@ fn a_damaged_npz_is_refused() {
     holds(&read(&shape).unwrap_err(), &["shape [99", "more than"]);
 }
 
+/// Many entries of the directory that name the same bytes: a small file would become any number of arrays.
+#[test]
+fn an_npz_of_repeated_entries_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.npz");
+    npz::write(&path, &[("arr_0", &Array::images([1, 64, 64, 1], vec![0; 4096]))]).unwrap();
+    let bytes = std::fs::read(&path).unwrap();
+    let start = bytes.windows(4).position(|w| w == b"PK\x01\x02").unwrap();
+    let end = bytes.windows(4).position(|w| w == b"PK\x06\x06").unwrap();
+    let entries = bytes[start..end].repeat(1000);
+    let sizes = [entries.len() as u32, start as u32].map(u32::to_le_bytes).concat();
+    let bomb = [&bytes[..start], &entries, b"PK\x05\x06\0\0\0\0\xe8\x03\xe8\x03", &sizes, &[0; 2]].concat();
+    let text = npz::read_from("x.npz".as_ref(), Cursor::new(bomb)).unwrap_err().to_string();
+    holds(&text, &["x.npz", "more than the"]);
+}
+
+/// What was found and what is needed, for each array.
+#[test]
+fn an_npz_of_other_arrays_is_refused_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.npz");
+    let refused = |arrays: &[(&str, &Array)], parts: &[&str]| {
+        npz::write(&path, arrays).unwrap();
+        holds(&data::open(&DataSpec::new(&path)).unwrap_err().to_string(), &[&["a.npz"], parts].concat());
+    };
+    let images = Array::images([2, 4, 4, 3], vec![9; 96]);
+    let floats = Array { shape: vec![2, 4, 4, 3], values: Values::F32(vec![0.0; 96]) };
+    refused(&[("arr_0", &floats)], &["arr_0 is float32 of [2, 4, 4, 3]", "uint8 of (n, h, w, 1 or 3)"]);
+    refused(&[("arr_0", &Array::images([2, 4, 4, 2], vec![9; 64]))], &["uint8 of [2, 4, 4, 2]"]);
+    refused(&[("images", &images)], &["no arr_0", "images"]);
+    let labels = Array::from_f64(vec![0.0, 1.0]);
+    refused(&[("arr_0", &images), ("arr_1", &labels)], &["arr_1 is float64 of [2]", "int64 of [2]"]);
+    refused(&[("arr_0", &images), ("arr_1", &Array::labels(&[0, 1, 2]))], &["int64 of [3]", "labels of 2 images"]);
+    refused(&[("arr_0", &images), ("arr_1", &Array::labels(&[0, -1]))], &["arr_1 holds -1"]);
+}
+
 #[test]
 fn samples_are_a_set_again() {
     let folder = tempfile::tempdir().unwrap();
