@@ -1,7 +1,7 @@
 //! What a file is that is no checkpoint: cut off, damaged, or another program's.
 
 /// The message for a file that torch.save wrote.
-const PYTORCH: &str = "a PyTorch file: bring it in with `iddpm import`, which writes a checkpoint";
+const PYTORCH: &str = "a PyTorch file (.pt): bring it in with `iddpm import`, which writes a checkpoint";
 
 /// Tells files of other kinds and truncated ones by their first bytes and their length.
 pub(super) fn check_length(bytes: &[u8]) -> std::result::Result<(), String> {
