@@ -21,7 +21,7 @@ use std::{env, fs};
 const ARCHS: &str = "80,90a,100f,120f,+80";
 const NVCC_FLAGS: &str = "-std=c++20 -O3 -fatbin -compress-mode=size --threads 0 -Werror all-warnings -Xptxas -v";
 /// The access checks and the traffic meter of the emulator live in the callbacks that `-fsanitize=thread` inserts.
-const EMULATOR_FLAGS: &str = "-std=c++20 -O2 -g1 -fPIC -DIDDPM_EMULATOR -fno-strict-aliasing -ffp-contract=off \
+const EMULATOR_FLAGS: &str = "-std=c++20 -O2 -g1 -fPIC -DIDDPM_EMULATOR -fno-strict-aliasing -ffp-contract=fast \
     -fno-exceptions -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-psabi -Wno-unused-parameter";
 
 fn main() {

@@ -1,7 +1,7 @@
 // Clip, AdamW, every moving average and the bf16 copy of the weights, in one pass.   src/ops/adamw_ema.rs
 //   p, m, v, grads: (len) f32; ema: (rates, len) f32; copy: (len) bf16, or null; norm: (1); rate: (rates, 2) decay and 1 - decay.
 // Moves 28 + 8 per average + 2 bytes per parameter: 38 with one average and the copy; memory bound. 16 bytes per tensor and thread.
-// A norm that is not finite leaves everything as it was. Error against src/ops/adamw_ema.rs: a contraction or two, 2e-7 of the update.
+// A norm that is not finite leaves everything as it was. The operations of src/ops/adamw_ema.rs, each rounded as there: the same bits.
 #include "image.cuh"
 
 // src/ops/adamw_ema.rs HyperArg.
@@ -20,10 +20,11 @@ struct Scalars {
 
 // One element; returns the new weight.
 DEV float update(float& p, float& m, float& v, float g, const Scalars& s, const Hyper& h) {
-    g *= s.clip;
-    m += (g - m) * h.b1;
-    v = v * h.b2 + h.c2 * g * g;
-    p = p * s.keep - s.step * (m / (sqrtf(v) / s.root + h.eps));
+    g = __fmul_rn(g, s.clip);
+    m = __fadd_rn(m, __fmul_rn(__fsub_rn(g, m), h.b1));
+    v = __fadd_rn(__fmul_rn(v, h.b2), __fmul_rn(__fmul_rn(h.c2, g), g));
+    float slope = m / __fadd_rn(sqrtf(v) / s.root, h.eps);
+    p = __fsub_rn(__fmul_rn(p, s.keep), __fmul_rn(s.step, slope));
     return p;
 }
 
@@ -43,7 +44,7 @@ DEV void update_at(float* p, float* m, float* v, float* ema, bf16* copy, const f
         float2 decay = rate[r];
         F e = *reinterpret_cast<F*>(ema + r * h.len + i);
 #pragma unroll
-        for (int k = 0; k < N; k++) e[k] = decay.x * e[k] + decay.y * pv[k];
+        for (int k = 0; k < N; k++) e[k] = __fadd_rn(__fmul_rn(decay.x, e[k]), __fmul_rn(decay.y, pv[k]));
         *reinterpret_cast<F*>(ema + r * h.len + i) = e;
     }
     if (copy) {

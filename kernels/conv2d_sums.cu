@@ -30,14 +30,28 @@ extern "C" __global__ void __launch_bounds__(256)
 template <class T>
 DEV void row_sums(float* db, T* dshift, const float* sums, int slots, int images, int parts, int oc, int shift_stride, int accumulate) {
     SMEM(float, total, [8][32]);
+    constexpr int EACH = 4;  // images that a thread has under way
     int o = blockIdx.x * 32 + threadIdx.x;
     float all = 0.0f;
-    for (int n = threadIdx.y; o < oc && n < images; n += 8) {
-        float sum = 0.0f;
+    for (int first = threadIdx.y; o < oc && first < images; first += 8 * EACH) {
+        float sum[EACH] = {}, next[EACH];
         for (int slot = 0; slot < slots; slot++)
-            for (int part = 0; part < parts; part++) sum += sums[((int64_t(slot) * images + n) * parts + part) * oc + o];
-        if (dshift) dshift[int64_t(n) * shift_stride + o] = from_float<T>(sum);
-        all += sum;
+            for (int part = 0; part < parts; part++) {
+#pragma unroll
+                for (int i = 0; i < EACH; i++) {
+                    int n = min(first + 8 * i, images - 1);
+                    next[i] = sums[((int64_t(slot) * images + n) * parts + part) * oc + o];
+                }
+#pragma unroll
+                for (int i = 0; i < EACH; i++) sum[i] += next[i];
+            }
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            int n = first + 8 * i;
+            if (n >= images) break;
+            if (dshift) dshift[int64_t(n) * shift_stride + o] = from_float<T>(sum[i]);
+            all += sum[i];
+        }
     }
     total[threadIdx.y][threadIdx.x] = all;
     __syncthreads();

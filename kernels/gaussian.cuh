@@ -30,6 +30,9 @@ DEV Split dot(Split a, float x, Split b, float y) {
     return {sum, __fadd_rn(sum_lo, lo)};
 }
 
+// x within low and high; NaN stays NaN, as fmin and fmax would not have it.
+template <class T> DEV T clamp(T x, T low, T high) { return x < low ? low : x > high ? high : x; }
+
 // byte/127.5 - 1, rounded as src/diffusion/codes.rs rounds it: one correction makes the quotient the nearest float.
 DEV float to_unit(uint8_t byte) {
     const float inverse = 1.0f / 127.5f;

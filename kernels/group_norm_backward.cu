@@ -270,14 +270,25 @@ template <class T> DEV void parameters(float* dgamma, float* dbeta, T* dscale_sh
     SMEM(float, sums, [2][8][32]);
     const Norm& f = p.f;
     int c = blockIdx.x * 32 + threadIdx.x;
+    constexpr int EACH = 4;  // images that a thread has under way
     float dg = 0.0f, db = 0.0f;
-    for (int n = threadIdx.y; c < f.c() && n < f.n; n += 8) {
-        float s1 = p.totals[int64_t(n) * 2 * f.c() + c], s2 = p.totals[(int64_t(n) * 2 + 1) * f.c() + c];
-        float scale = scale_shift<T>(f, n, c).x;
-        dg = fmaf(scale, s2, dg), db = fmaf(scale, s1, db);
-        if (dscale_shift) {
-            T* row = dscale_shift + int64_t(n) * stride;
-            row[c] = from_float<T>(fmaf(f.gamma[c], s2, f.beta[c] * s1)), row[f.c() + c] = from_float<T>(s1);
+    for (int first = threadIdx.y; c < f.c() && first < f.n; first += 8 * EACH) {
+        float s1[EACH], s2[EACH], scale[EACH];
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            int n = min(first + 8 * i, f.n - 1);
+            s1[i] = p.totals[int64_t(n) * 2 * f.c() + c], s2[i] = p.totals[(int64_t(n) * 2 + 1) * f.c() + c];
+            scale[i] = scale_shift<T>(f, n, c).x;
+        }
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            int n = first + 8 * i;
+            if (n >= f.n) break;
+            dg = fmaf(scale[i], s2[i], dg), db = fmaf(scale[i], s1[i], db);
+            if (dscale_shift) {
+                T* row = dscale_shift + int64_t(n) * stride;
+                row[c] = from_float<T>(fmaf(f.gamma[c], s2[i], f.beta[c] * s1[i])), row[f.c() + c] = from_float<T>(s1[i]);
+            }
         }
     }
     sums[0][threadIdx.y][threadIdx.x] = dg, sums[1][threadIdx.y][threadIdx.x] = db;

@@ -16,7 +16,8 @@ struct Control {
     uint64_t seed;
     uint32_t step, t;
     float lr, bias1, bias2;
-    uint32_t reserved[9];
+    uint32_t first;  // number of the image that the data begins with
+    uint32_t reserved[8];
 };
 
 // The clean images of a batch, where they lie: src/ops/q_sample.rs ImagesArg.
@@ -71,7 +72,7 @@ struct Stream {
 
     DEV Stream(uint32_t image, uint32_t step, uint32_t use, uint64_t seed) : image(image), step(step), use(use), seed(seed) {}
     DEV Stream(const Images& all, int kind, int n, int t)
-        : image(kind == NOISE_PER_IMAGE ? uint32_t(all.index[n]) : all.first_image + uint32_t(n)),
+        : image(kind == NOISE_PER_IMAGE ? all.control->first + uint32_t(all.index[n]) : all.first_image + uint32_t(n)),
           step(kind == NOISE_PER_IMAGE ? uint32_t(t) : all.control->step),
           use(kind == NOISE_PER_IMAGE ? RNG_NLL : RNG_Q_SAMPLE),
           seed(all.control->seed) {}

@@ -40,7 +40,7 @@ DEV void p_sample(float* x, bf16* copy, float* predicted, const T* out, const in
             float mean = mean_output(o, without ? without + at + cursor.at() : nullptr, 0, reverse);
             float x_t = x[start + i], v = reverse.learned ? to_float(o[g.channels]) : 0.0f;
             float x_0 = predict_x_0(row, x_t, mean);
-            if (reverse.clip) x_0 = fminf(fmaxf(x_0, -bound), bound);
+            if (reverse.clip) x_0 = clamp(x_0, -bound, bound);
             if (threshold) x_0 = __fdiv_rn(x_0, bound);
             float next = fmaf(row.c_0, x_0, fmaf(row.c_t, x_t, row.c_out * mean));
             if (row.c_last != 0.0f) next = fmaf(row.c_last, predicted[start + i], next);

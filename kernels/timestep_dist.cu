@@ -71,8 +71,15 @@ DEV void weigh(double* w, double* sums, const float* losses, const int32_t* coun
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-        double all = 0.0;
-        for (int row = 0; row < d.steps; row++) all += w[row], sums[row] = all;
+        constexpr int AHEAD = 8;  // read before the first of them is added
+        double all = 0.0, next[AHEAD];
+        for (int first = 0; first < d.steps; first += AHEAD) {
+#pragma unroll
+            for (int k = 0; k < AHEAD; k++) next[k] = w[min(first + k, d.steps - 1)];
+#pragma unroll
+            for (int k = 0; k < AHEAD; k++)
+                if (first + k < d.steps) all += next[k], sums[first + k] = all;
+        }
     }
     __syncthreads();
 }

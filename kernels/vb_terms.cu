@@ -20,12 +20,12 @@ DEV float element(float& difference, const BoundRow& row, const ExactRow& exact,
         Split target = dot(row.a, x_0, row.b, eps);
         float error = (out - target.hi) - target.lo;
         difference = row.m * error;
-        if (e.clip) difference = fminf(fmaxf(difference, low), high);
+        if (e.clip) difference = clamp(difference, low, high);
         return normal_kl(log_ratio(row, v), e.x_prev ? row.k * error : row.c * difference).value;
     }
     double error64 = double(out) - (to_double(row.a) * double(x_0) + to_double(row.b) * double(eps));
     double ratio = double(row.s) * (double(v) + double(row.z_hi) + double(row.z_lo)), x_0_error = exact.m64 * error64;
-    if (e.clip) x_0_error = fmin(fmax(x_0_error, -1.0 - double(x_0)), 1.0 - double(x_0));
+    if (e.clip) x_0_error = clamp(x_0_error, -1.0 - double(x_0), 1.0 - double(x_0));
     difference = float(x_0_error);
     return decoder_nll(x_0, e.x_prev ? exact.k64 * error64 : exact.coef1 * x_0_error, exact.log1 + ratio, 1.0).value;
 }

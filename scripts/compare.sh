@@ -2,7 +2,7 @@
 # Times this project and PyTorch beside each other on the same machine, in the same minutes, and writes one Markdown
 # table and one JSON record under benches/record/.
 #
-#   scripts/compare.sh --device cpu                     everything, about 40 minutes on a quiet machine of 2 cores
+#   scripts/compare.sh --device cpu                     everything, about 20 minutes on a quiet machine of 2 cores
 #   scripts/compare.sh --device cpu --configs t1 --sample-configs t1 --variants P0,P1      a quick look
 #   scripts/compare.sh --device cuda --resume           nine minutes; again and again until its table is complete
 #   scripts/compare.sh --device cuda --configs cifar10 --sample-configs ''                  one row
@@ -14,8 +14,12 @@ set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 
 command -v python3 >/dev/null || { echo "compare: python3 is needed; without it: iddpm bench step" >&2; exit 3; }
+for flag in "$@"; do
+    [[ $flag != -h && $flag != --help ]] || exec python3 -B "$root/benches/peer/compare.py" --help
+done
 binary=${IDDPM_BINARY:-$root/target/release/iddpm}
 if [[ -z ${IDDPM_BINARY:-} ]]; then
+    command -v cargo >/dev/null || { echo "compare: cargo is needed to build the program, or IDDPM_BINARY naming one" >&2; exit 3; }
     cargo build --release --quiet --manifest-path "$root/Cargo.toml"
 fi
 

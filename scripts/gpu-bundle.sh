@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Packs what a machine with a GPU needs to test, measure and train with this commit, into one folder under 40 MiB: the
-# program, the test and bench binaries (built here, stripped), the golden vectors, the PyTorch peer and run.sh. There it
-# needs the NVIDIA driver, glibc 2.34 or newer, and Python with PyTorch for the comparison; no Rust, no CUDA toolkit, no network.
+# Packs what a machine with a GPU needs to test, measure and train with this commit, into one folder under 40 MiB: run.sh, and
+# payload.tgz, which it unpacks: the program, the test and bench binaries (built here, stripped), the golden vectors and the
+# PyTorch peer. There it needs the NVIDIA driver, glibc 2.34 or newer, and Python with PyTorch for the comparison; no Rust, no CUDA
+# toolkit, no network.
 #
 #   scripts/gpu-bundle.sh [FOLDER]        default FOLDER: target/gpu-bundle
 #
@@ -33,25 +34,27 @@ programs=$(build test --release; build bench)
 program=$(cargo build --release ${features:+--features "$features"} --message-format=json-render-diagnostics |
     python3 -c 'import json, sys; print([m["executable"] for m in map(json.loads, sys.stdin) if m.get("executable")][-1])')
 
-rm -rf "$out"
-mkdir -p "$out"/{bin,test-programs,bench-programs,tests,benches/peer,assets}
-cp "$program" "$out/bin/iddpm"
+inside=$(mktemp -d)
+trap 'rm -rf "$inside"' EXIT
+mkdir -p "$inside"/{bin,test-programs,bench-programs,tests,benches/peer,fuzz}
+cp "$program" "$inside/bin/iddpm"
 while read -r kind file name; do
-    case $kind in
-        # The program's own (empty) unit tests and the library's benches say nothing.
-        tests) [[ $name == iddpm ]] || install -m 755 "$file" "$out/test-programs/$name" ;;
-        benches) [[ $name == iddpm* ]] || install -m 755 "$file" "$out/bench-programs/$name" ;;
+    case $kind-$name in
+        # Empty, or of the processor alone and the same on every machine: allocations counted, bytes metered by the emulator.
+        tests-iddpm | tests-allocation | benches-iddpm* | benches-emulated_traffic) ;;
+        tests-*) install -m 755 "$file" "$inside/test-programs/$name" ;;
+        benches-*) install -m 755 "$file" "$inside/bench-programs/$name" ;;
     esac
 done <<<"$programs"
 # Test binaries come stripped by the profile; a profile that changes must not swell the bundle.
-find "$out/bin" "$out/test-programs" "$out/bench-programs" -type f -exec strip {} + 2>/dev/null || true
+find "$inside" -type f -exec strip {} + 2>/dev/null || true
 
-cp -r "$golden" "$out/tests/golden"
-cp -r tests/data "$out/tests/"
-cp -r src "$out/src" # a test reads which module uses which
-cp -r assets/. "$out/assets/"
-cp benches/peer/*.py benches/peer/README.md "$out/benches/peer/"
-cp scripts/bundle/run.sh "$out/run.sh"
+cp -r "$golden" "$inside/tests/golden"
+cp -r tests/data "$inside/tests/"
+cp -r src assets "$inside/" # a test reads which module uses which
+cp -r fuzz/corpus "$inside/fuzz/"
+cp benches/peer/*.py benches/peer/README.md "$inside/benches/peer/"
+chmod -R u+w "$inside"
 commit=$(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
 [[ $commit == unknown || -z $(git status --porcelain --untracked-files=no) ]] || commit+=-dirty
 {
@@ -59,12 +62,15 @@ commit=$(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
     echo "features ${features:-none}"
     echo "cuda $([[ $IDDPM_CUDA == off ]] && echo off || echo built)"
     echo "archs ${IDDPM_CUDA_ARCHS:-all}"
-} >"$out/BUNDLE"
-chmod -R u+w "$out"
+} >"$inside/BUNDLE"
+rm -rf "$out"
+mkdir -p "$out"
+cp scripts/bundle/run.sh "$inside/BUNDLE" "$out/"
+tar -C "$inside" --sort=name --owner=0 --group=0 -cf - . | gzip -9 >"$out/payload.tgz"
 
 size=$(du -sb "$out" | cut -f1)
-echo "$out: $((size / 1024 / 1024)) MiB, commit $commit, features ${features:-none}"
-du -sb "$out"/* | sort -rn | head -6 | awk '{printf "  %6.1f MiB  %s\n", $1 / 1048576, $2}'
+echo "$out: $((size / 1024 / 1024)) MiB, commit $commit, features ${features:-none}; unpacked:"
+(cd "$inside" && du -sb */* | sort -rn | head -8 | awk '{printf "  %6.1f MiB  %s\n", $1 / 1048576, $2}')
 if ((size > limit)); then
     echo "gpu-bundle: $size bytes are more than the 40 MiB a bundle may have: narrow IDDPM_CUDA_ARCHS or IDDPM_GOLDEN" >&2
     exit 1

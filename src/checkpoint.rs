@@ -12,21 +12,24 @@
 //! A file is written under a temporary name in the same folder, synced and renamed, so that the old one stays whole
 //! until the new one is. Reading maps the file and checks every name, type and size before anything is copied.
 
+mod damage;
+mod folder;
+
+pub use folder::{file_name, find, list, prune, replace};
+
 use crate::config::Config;
 use crate::error::{Error, Result};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::json;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 /// Version of the layout above, and the metadata field that says it.
 const FORMAT: u32 = 1;
 const FORMAT_KEY: &str = "iddpm_format";
-/// Beginning of the name of a checkpoint that is being written.
-const TEMPORARY: &str = ".saving-";
 
 /// Name, size and place in the flat region of one tensor.
 #[derive(Clone, Copy, Debug)]
@@ -142,7 +145,7 @@ pub fn save(path: &Path, snapshot: &Snapshot, slots: &[Slot]) -> Result<()> {
 }
 
 /// Writes a file of the tensors `families` × `slots` alone, each made by `read(family, slot number)` when its turn
-/// comes, so that a model need not fit into memory twice. Families are "model", "ema.<rate>", "adam_m" and "adam_v".
+/// comes, so that a model need not fit into memory twice. Families are `model`, `ema.<rate>`, `adam_m` and `adam_v`.
 ///
 /// # Errors
 /// Those of `read` and of [`save`]; `path` is then as it was.
@@ -198,80 +201,12 @@ fn header<'a>(progress: &Progress, tensors: impl Iterator<Item = Entry<'a>>) -> 
 
 fn write_whole<B: AsRef<[u8]>>(path: &Path, header: &[u8], tensors: impl Iterator<Item = Result<B>>) -> Result<()> {
     replace(path, |out| {
-        out.write_all(header).map_err(|e| saving_failed(path, "write", e))?;
+        out.write_all(header).map_err(Error::io(path, "write"))?;
         for bytes in tensors {
-            out.write_all(bytes?.as_ref()).map_err(|e| saving_failed(path, "write", e))?;
+            out.write_all(bytes?.as_ref()).map_err(Error::io(path, "write"))?;
         }
         Ok(())
     })
-}
-
-/// Lets `fill` write a temporary file beside `path`, syncs it, renames it to `path` and syncs the folder.
-///
-/// # Errors
-/// Those of `fill`; [`Error::Io`] when the disk is full or refuses. `path` is then as it was.
-pub fn replace(path: &Path, fill: impl FnOnce(&mut BufWriter<&File>) -> Result<()>) -> Result<()> {
-    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let refused = |action| move |e| saving_failed(path, action, e);
-    // As readable as any other new file, rather than for its owner alone.
-    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o666);
-    let file =
-        tempfile::Builder::new().prefix(TEMPORARY).permissions(mode).tempfile_in(folder).map_err(refused("create"))?;
-    let mut out = BufWriter::with_capacity(1 << 20, file.as_file());
-    fill(&mut out)?;
-    out.flush().and_then(|()| file.as_file().sync_all()).map_err(refused("write"))?;
-    drop(out);
-    file.persist(path).map_err(|e| saving_failed(path, "replace", e.error))?;
-    File::open(folder).and_then(|f| f.sync_all()).map_err(refused("write"))
-}
-
-fn saving_failed(path: &Path, action: &'static str, e: std::io::Error) -> Error {
-    let kept =
-        format!("{e}; earlier checkpoints are untouched: free some space or choose another --out, then --resume");
-    Error::io(path, action)(std::io::Error::new(e.kind(), kept))
-}
-
-/// File name of the checkpoint after `step` steps.
-pub fn file_name(step: u64) -> String {
-    format!("checkpoint-{step:08}.safetensors")
-}
-
-/// Checkpoints in `folder` with their steps, oldest first; none if there is no such folder.
-pub fn list(folder: &Path) -> Vec<(u64, PathBuf)> {
-    let step =
-        |p: &Path| p.file_name()?.to_str()?.strip_prefix("checkpoint-")?.strip_suffix(".safetensors")?.parse().ok();
-    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
-    let mut found: Vec<(u64, PathBuf)> = entries.filter_map(|e| Some((step(&e.path())?, e.path()))).collect();
-    found.sort();
-    found
-}
-
-/// Removes all but the newest `keep` checkpoints of `folder`, and what an earlier killed run left half-written.
-///
-/// # Errors
-/// [`Error::Io`] when a file cannot be removed.
-pub fn prune(folder: &Path, keep: usize) -> Result<()> {
-    let found = list(folder);
-    let old = found.iter().rev().skip(keep.max(1)).map(|(_, p)| p.clone());
-    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
-    let halves = entries.filter(|e| e.file_name().to_string_lossy().starts_with(TEMPORARY)).map(|e| e.path());
-    for path in old.chain(halves) {
-        std::fs::remove_file(&path).map_err(Error::io(&path, "remove"))?;
-    }
-    Ok(())
-}
-
-/// The checkpoint that `path` means: the file itself, or the newest one of a folder.
-///
-/// # Errors
-/// [`Error::Checkpoint`] when there is none, saying what to do.
-pub fn find(path: &Path) -> Result<PathBuf> {
-    if !path.is_dir() {
-        let hint = "no such checkpoint: run `iddpm train` first, or give a .safetensors file or the folder of a run";
-        return if path.exists() { Ok(path.into()) } else { Err(Error::checkpoint(path, hint)) };
-    }
-    let newest = list(path).pop().map(|(_, p)| p);
-    newest.ok_or_else(|| Error::checkpoint(path, "no checkpoint in this folder: train first, or give another folder"))
 }
 
 /// A checkpoint that has been opened: mapped, its header read, its tensors not yet looked at.
@@ -443,10 +378,10 @@ impl Checkpoint {
 /// # Errors
 /// What is damaged, missing or of another program or version, in words.
 pub fn parse(bytes: &[u8]) -> std::result::Result<Progress, String> {
-    check_length(bytes)?;
+    damage::check_length(bytes)?;
     let (_, header) = SafeTensors::read_metadata(bytes).map_err(|e| format!("damaged header: {e}"))?;
     let metadata = header.metadata().clone().unwrap_or_default();
-    let Some(format) = metadata.get(FORMAT_KEY) else { return Err(foreign(&header.offset_keys())) };
+    let Some(format) = metadata.get(FORMAT_KEY) else { return Err(damage::foreign(&header.offset_keys())) };
     if *format != FORMAT.to_string() {
         return Err(format!("checkpoint format {format}, this program reads {FORMAT}: use the version that wrote it"));
     }
@@ -466,49 +401,6 @@ fn read_progress(metadata: &HashMap<String, String>) -> std::result::Result<Prog
     let config =
         serde_json::from_str(field("config")?).map_err(|e| format!("damaged metadata: field `config`: {e}"))?;
     Ok(Progress { step: number("step")?, images: number("images")?, position: number("position")?, config })
-}
-
-const PYTORCH: &str = "a PyTorch file: bring it in with `iddpm import`, which writes a checkpoint";
-
-/// Tells files of other kinds and truncated ones by their first bytes and their length.
-fn check_length(bytes: &[u8]) -> std::result::Result<(), String> {
-    match bytes {
-        [b'P', b'K', 3, 4, ..] => return Err(PYTORCH.into()),
-        [0x80, 2..=5, ..] if bytes.get(8) != Some(&b'{') => return Err(PYTORCH.into()),
-        _ if bytes.len() < 8 => return Err(format!("truncated: {} bytes, the header alone has 8", bytes.len())),
-        _ if bytes.len() > 8 && bytes[8] != b'{' => return Err("not a safetensors file".into()),
-        _ => {}
-    }
-    let header = u64::from_le_bytes(bytes[..8].try_into().expect("8 bytes"));
-    let (have, need) = (bytes.len() as u64, header.saturating_add(8));
-    if need > have {
-        return Err(format!("truncated: the header ends at byte {need}, the file at {have}"));
-    }
-    match data_length(&bytes[8..need as usize]).map(|data| need.saturating_add(data)) {
-        Some(end) if end > have => Err(format!("truncated: the tensors end at byte {end}, the file at {have}")),
-        Some(end) if end < have => Err(format!("damaged: the tensors end at byte {end}, the file at {have}")),
-        _ => Ok(()),
-    }
-}
-
-/// Where the last tensor of a header ends.
-fn data_length(header: &[u8]) -> Option<u64> {
-    let header: serde_json::Value = serde_json::from_slice(header).ok()?;
-    header.as_object()?.values().filter_map(|t| t.get("data_offsets")?.get(1)?.as_u64()).max()
-}
-
-/// What a safetensors file of another program is.
-fn foreign(names: &[String]) -> String {
-    let first = names.first().map_or("none", String::as_str);
-    let kind = match () {
-        () if names.iter().any(|n| n.starts_with("input_blocks.")) => "a state dict of the reference",
-        () if names.iter().any(|n| n.starts_with("down_blocks.")) => "weights of diffusers",
-        () => {
-            let n = names.len();
-            return format!("no checkpoint: a safetensors file of another program ({n} tensors, the first is {first})");
-        }
-    };
-    format!("{kind}, no checkpoint (the first tensor is {first}): bring it in with `iddpm import`, which writes one")
 }
 
 #[cfg(test)]

@@ -1,7 +1,8 @@
 //! Bits per dimension by the variational bound: L = L_prior + sum over t of L_t (Ho et al. 2020, eq. 5; paper, eq. 4-7).
 //!
 //! Every term of every image is evaluated once, with noise that is a function of (seed, image, t): the figure does not
-//! depend on batch size or threads. A batch of the plan holds any pairs of image and t.
+//! depend on batch size or threads. A batch of the plan holds any pairs of image and t. Images for which the device has no room
+//! come to it in parts, one after the other.
 
 use crate::config::{DiffusionConfig, ModelConfig};
 use crate::device::ring::{Page, Ring};
@@ -14,6 +15,7 @@ use crate::ops::q_sample::{Images, Noise, QSample};
 use crate::ops::vb_terms::VbTerms;
 use crate::schedule::Process;
 use crate::unet::{self, Params};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// How the bound is evaluated.
@@ -54,6 +56,11 @@ pub fn mean_and_interval(x: &[f64]) -> (f64, f64) {
 pub struct Nll {
     id: PlanId,
     vals: Vals,
+    /// Images to evaluate, and how many of them lie on the device at a time.
+    images: usize,
+    resident: usize,
+    /// Bytes of an image.
+    image: usize,
     batch: usize,
     classes: Option<usize>,
     process: Arc<Process>,
@@ -63,7 +70,6 @@ pub struct Nll {
 
 /// The values that the plan is steered and read by.
 struct Vals {
-    data: Val,
     index: Val,
     t: Val,
     time: Val,
@@ -83,7 +89,7 @@ pub struct Evaluated<'a> {
 }
 
 impl Nll {
-    /// Binds the plan for `images` images of the model's size to `device`.
+    /// Binds the plan for `images` images of the model's size to `device`: for all of them at a time, or as many as there is room for.
     ///
     /// # Errors
     /// When the process cannot be, or memory cannot be had.
@@ -103,19 +109,30 @@ impl Nll {
         }
         let process = Arc::new(Process::from_config(diffusion)?);
         let target = device.target();
-        let record = |batch: usize| {
+        let record = |resident: usize, batch: usize| {
             let settings = NllSettings { batch, ..settings.clone() };
-            record(model, diffusion, params, images, &settings, &process, target)
+            let (g, vals) = record(model, diffusion, params, resident, &settings, &process, target);
+            (Plan::new(g, true), vals)
         };
-        let (g, vals) = record(settings.batch);
-        let plan = Plan::new(g, true);
-        let smaller = |n| Ok(Plan::new(record(n).0, true));
+        let (mut resident, (mut plan, mut vals)) = (images, record(images, settings.batch));
+        let image = model.image_size * model.image_size * model.in_channels;
+        if !device.room(&plan)?.is_enough() {
+            let room = device.room(&record(1, settings.batch).0)?;
+            resident = (1 + room.free.map_or(0, |free| free.saturating_sub(room.need)) / image).min(images);
+            (plan, vals) = record(resident, settings.batch);
+        }
+        let smaller = |n| Ok(record(1, n).0);
         device.check_room("the evaluation", &plan, ("--batch-size", settings.batch), smaller)?;
         let id = device.bind(plan)?;
         device.capture(id)?;
         let (batch, classes, rescale, seed) =
             (settings.batch, model.num_classes, diffusion.rescale_timesteps, settings.seed);
-        Ok(Nll { id, vals, batch, classes, process, rescale, seed })
+        Ok(Nll { id, vals, images, resident, image, batch, classes, process, rescale, seed })
+    }
+
+    /// Images that lie on the device at a time.
+    pub fn resident(&self) -> usize {
+        self.resident
     }
 
     /// The bound plan, to choose its weights.
@@ -133,9 +150,9 @@ impl Nll {
         images: Evaluated,
         each: &mut dyn FnMut(usize, usize) -> Result<()>,
     ) -> Result<NllReport> {
-        let n = device.plan(self.id).graph.shape(self.vals.data).n;
+        let n = self.images;
         self.check_labels(images, n)?;
-        device.write(self.id, self.vals.data, images.pixels)?;
+        assert_eq!(images.pixels.len(), n * self.image, "bytes of {n} images");
         let steps = self.process.steps();
         let mut report = NllReport {
             prior_bpd: self.priors(images.pixels, n),
@@ -145,17 +162,21 @@ impl Nll {
             eps_mse: vec![0.0; steps],
         };
         report.total_bpd.copy_from_slice(&report.prior_bpd);
-        let all = n * steps;
         let mut ring = Ring::new(device, self.id)?;
-        for first in (0..all).step_by(self.batch) {
-            if ring.is_full() {
+        for (part, pixels) in images.pixels.chunks(self.resident * self.image).enumerate() {
+            device.write_region(Region::Data, pixels)?;
+            let first = part * self.resident * steps;
+            let end = first + pixels.len() / self.image * steps;
+            for batch in (first..end).step_by(self.batch).map(|first| first..end.min(first + self.batch)) {
+                if ring.is_full() {
+                    self.take(device, &mut ring, &mut report, each)?;
+                }
+                self.fill(&device.plan(self.id).graph, ring.page(), &batch, images.labels);
+                ring.start(device, batch)?;
+            }
+            while !ring.is_empty() {
                 self.take(device, &mut ring, &mut report, each)?;
             }
-            self.fill(&device.plan(self.id).graph, ring.page(), first, images.labels, all);
-            ring.start(device, first)?;
-        }
-        while !ring.is_empty() {
-            self.take(device, &mut ring, &mut report, each)?;
         }
         Ok(report)
     }
@@ -165,42 +186,44 @@ impl Nll {
         (k / self.process.steps(), k % self.process.steps())
     }
 
-    /// Writes the inputs of the batch of pairs from `first` on; one that is not full is filled up with the last of `all`.
-    fn fill(&self, g: &Graph, page: &mut Page, first: usize, labels: Option<&[i32]>, all: usize) {
-        let pairs = || (first..first + self.batch).map(|k| self.pair(k.min(all - 1)));
+    /// Writes the inputs of a batch of pairs; one that is not full is filled up with its last.
+    fn fill(&self, g: &Graph, page: &mut Page, batch: &Range<usize>, labels: Option<&[i32]>) {
+        let pairs = || (batch.start..batch.start + self.batch).map(|k| self.pair(k.min(batch.end - 1)));
+        // The first image of those on the device.
+        let first = self.pair(batch.start).0 / self.resident * self.resident;
         let mut column = |v: Val, f: &dyn Fn((usize, usize)) -> i32| {
             page.input_mut::<i32>(g, v).iter_mut().zip(pairs()).for_each(|(x, pair)| *x = f(pair));
         };
-        column(self.vals.index, &|(image, _)| image as i32);
+        column(self.vals.index, &|(image, _)| (image - first) as i32);
         column(self.vals.t, &|(_, t)| t as i32);
         if let (Some(v), Some(labels)) = (self.vals.labels, labels) {
             column(v, &|(image, _)| labels[image]);
         }
         let times = page.input_mut::<f32>(g, self.vals.time).iter_mut().zip(pairs());
         times.for_each(|(x, (_, t))| *x = self.process.time_value(t, self.rescale));
-        page.input_mut::<Control>(g, self.vals.control)[0] = Control { seed: self.seed, ..Control::default() };
+        page.input_mut::<Control>(g, self.vals.control)[0] =
+            Control { seed: self.seed, first: first as u32, ..Control::default() };
     }
 
     /// Waits for the oldest batch in flight and adds its terms.
     fn take(
         &self,
         device: &Device,
-        ring: &mut Ring<usize>,
+        ring: &mut Ring<Range<usize>>,
         report: &mut NllReport,
         each: &mut dyn FnMut(usize, usize) -> Result<()>,
     ) -> Result<()> {
-        let Some((first, page)) = ring.take(true)? else { return Ok(()) };
-        let (n, all) = (report.total_bpd.len(), report.total_bpd.len() * self.process.steps());
-        let done = (first + self.batch).min(all);
+        let Some((batch, page)) = ring.take(true)? else { return Ok(()) };
+        let (n, done) = (self.images, batch.end);
         let terms = self.vals.terms.map(|v| page.state::<f32>(&device.plan(self.id).graph, v));
-        for (slot, k) in (first..done).enumerate() {
+        for (slot, k) in batch.enumerate() {
             let ((image, t), [vb, x_0_mse, eps_mse]) = (self.pair(k), terms.map(|x| f64::from(x[slot])));
             report.total_bpd[image] += vb;
             report.vb_bpd[t] += vb / n as f64;
             report.x_0_mse[t] += x_0_mse / n as f64;
             report.eps_mse[t] += eps_mse / n as f64;
         }
-        each(done, all)
+        each(done, n * self.process.steps())
     }
 
     fn priors(&self, pixels: &[u8], n: usize) -> Vec<f64> {
@@ -223,7 +246,7 @@ impl Nll {
     }
 }
 
-/// Records the evaluation of a batch of pairs out of `images` images.
+/// Records the evaluation of a batch of pairs out of `images` images on the device.
 fn record(
     model: &ModelConfig,
     diffusion: &DiffusionConfig,
@@ -252,5 +275,5 @@ fn record(
     let (objective, process) = (Objective::from_config(diffusion), process.clone());
     g.scope("bound");
     g.push(VbTerms { vb, x_0_mse, eps_mse, out, images: batch, noise, t, objective, clip, process });
-    (g, Vals { data, index, t, time, labels, control, terms })
+    (g, Vals { index, t, time, labels, control, terms })
 }

@@ -8,6 +8,7 @@ import time
 
 import torch
 
+import gpu
 from load import QUIET, Load
 
 
@@ -65,7 +66,7 @@ def first_line(error):
 
 def clocks(report, when):
     """Log clocks, power, temperature and throttle reasons as the driver reports them."""
-    fields = "name,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu,clocks_throttle_reasons.active"
+    fields = "name,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu," + gpu.reasons_field()
     try:
         text = subprocess.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"],
                               capture_output=True, text=True, timeout=20).stdout.strip()

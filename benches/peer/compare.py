@@ -38,6 +38,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 FEWEST = 5  # undisturbed blocks or pairs that a median is taken over
 SAME_LOSS = 0.05  # share by which the loss curves of both sides may differ
+PATIENCE_S = dict(cpu=1800, cuda=180)  # seconds that a check may take
 LEAST_S = 45  # seconds left under which no workload is started on a GPU
 
 
@@ -114,7 +115,7 @@ def run(o, workload):
     row["seconds"] = time.monotonic() - begin
     why = gpu.in_use() if o.device == "cuda" and not o.toy else None
     add_ratio(o, row, ours, timed, pairs, why)
-    row["unfinished"] = any("no time left" in note for note in row["notes"].values()) or \
+    row["unfinished"] = any("no time left" in note or note.startswith("stopped") for note in row["notes"].values()) or \
         ("p3" in row and row["p3"]["tried"] < row["p3"]["of"])
     return row
 
@@ -144,7 +145,9 @@ def interleave(o, row, ours, peers, pairs, limit_s):
     while ready and (rounds < fewest or time.monotonic() < until):
         for pair in [[ours, peer] for peer in peers] if ours and peers else [ready]:
             wait(o, until)
-            blocks = {side.name: side.block(o.watch) for side in (pair if rounds % 2 else pair[::-1])}
+            blocks = taken(o, row, pair if rounds % 2 else pair[::-1])
+            if blocks is None:
+                return
             if ours and peers:
                 mine, theirs = blocks["iddpm"], blocks[pair[1].name]
                 if pair_counts(o, mine, theirs):
@@ -154,6 +157,18 @@ def interleave(o, row, ours, peers, pairs, limit_s):
         if all(len(x) >= wanted for x in done):
             break
     row["rounds"] = row.get("rounds", 0) + rounds
+
+
+def taken(o, row, pair):
+    """A block of each side, or None with a note about the side that gave none."""
+    blocks = {}
+    for side in pair:
+        try:
+            blocks[side.name] = side.block(o.watch)
+        except (RuntimeError, BrokenPipeError, json.JSONDecodeError) as error:
+            row["notes"][side.name] = f"stopped: {error}"
+            return None
+    return blocks
 
 
 def summary(o, blocks):
@@ -178,7 +193,7 @@ def add_ratio(o, row, ours, peers, pairs, used_after):
     same = [p for p in peers if ours and p.head["precision"] == ours.head["precision"]]
     few = [f"{p.name} ({len(pairs[p.name])})" for p in same if len(pairs[p.name]) < FEWEST]
     reason = o.no_ratio or used_after
-    if not ours:
+    if not ours or "iddpm" in row["notes"]:
         reason = row["notes"].get("iddpm", "our side did not run")
     elif not same:
         reason = reason or "no variant of the peer ran" + (f" in {ours.head['precision']}" if peers else "")
@@ -217,15 +232,23 @@ def sweep(o, workload):
         say(f"{kind} {config} {batch}: looking for the fastest variant, {seconds:.0f} s at most")
         command = [o.python, "-B", str(HERE / "measure.py"), "--stage", kind, "--configs", config, "--batches", str(batch),
                    "--sweep-only", "--budget", str(seconds), "--out", str(o.work), "--device", o.peer_device]
-        subprocess.run(command + (["--tiny"] if o.toy else []), stdout=subprocess.DEVNULL, check=False)
+        finished(command + (["--tiny"] if o.toy else []), seconds + 30)
         found = have()
     return found
 
 
+def finished(command, seconds, **more):
+    """A process that has ended; one that does not end in time is ended, with status 124 and that as its last word."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=seconds, **more)
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 124, "", f"no answer within {seconds:.0f} s")
+
+
 def check_peer(o):
     """The golden vectors on the peer; returns (passed, last lines)."""
-    out = subprocess.run([o.python, "-B", str(HERE / "check.py"), "--norm", "native"], capture_output=True, text=True,
-                         env=dict(os.environ, OMP_NUM_THREADS="1" if o.device == "cpu" else "8"))
+    out = finished([o.python, "-B", str(HERE / "check.py"), "--norm", "native"], PATIENCE_S[o.device],
+                   env=dict(os.environ, OMP_NUM_THREADS="1" if o.device == "cpu" else "8"))
     return out.returncode == 0, out.stdout.strip().splitlines() or out.stderr.strip().splitlines()[-1:]
 
 
@@ -237,7 +260,7 @@ def curves(o):
     one, images = ["--threads", "1"] if o.device == "cpu" else [], str(pathlib.Path(o.scratch, "images.npz"))
     command = [o.binary, "bench", "curve", *o.our_device, "--config", o.curve_config, "--steps", str(o.curve_steps), *one,
                "--images", images]
-    done = subprocess.run(command + (["--batch-size", "1"] if o.toy else []), capture_output=True, text=True)
+    done = finished(command + (["--batch-size", "1"] if o.toy else []), PATIENCE_S[o.device])
     if done.returncode:
         return dict(agree=False, why=f"our side ended with {(done.stderr.strip().splitlines() or ['nothing'])[-1][:200]}")
     ours = json.loads(done.stdout)
@@ -246,10 +269,10 @@ def curves(o):
                precision="autocast" if ours["precision"] == "bf16" and not o.toy else "fp32", data=images)
     source, target = pathlib.Path(o.scratch, "curve.json"), pathlib.Path(o.scratch, "losses.json")
     source.write_text(json.dumps(job))
-    subprocess.run([o.python, "-B", str(HERE / "worker.py"), str(source), str(target)], check=False, capture_output=True)
+    done = finished([o.python, "-B", str(HERE / "worker.py"), str(source), str(target)], PATIENCE_S[o.device])
     theirs = json.loads(target.read_text()) if target.exists() else {}
     if "losses" not in theirs:
-        return dict(agree=False, why=theirs.get("note", "the peer gave no losses"))
+        return dict(agree=False, why=theirs.get("note", (done.stderr.strip().splitlines() or ["the peer gave no losses"])[-1][:200]))
     return dict(agreement(ours["losses"], theirs["losses"]), config=o.curve_config, steps=o.curve_steps, precision=ours["precision"])
 
 
@@ -311,7 +334,7 @@ def refusal(o):
 
 def peer_refuses(o):
     probe = "import torch; assert torch.cuda.is_available(), 'PyTorch sees no GPU'; print(torch.cuda.get_device_capability()[0])"
-    done = subprocess.run([o.python, "-c", probe], capture_output=True, text=True)
+    done = finished([o.python, "-c", probe], PATIENCE_S[o.device])
     if done.returncode:
         return (done.stderr.strip().splitlines() or ["PyTorch does not start"])[-1]
     older = f"compute capability {done.stdout.strip()}.x: both sides compute in bf16, which needs 8.0"
@@ -320,7 +343,7 @@ def peer_refuses(o):
 
 def we_refuse(o):
     command = [o.binary, "bench", "serve", *o.our_device, "--config", "t0", "--batch-size", "1", "--block-seconds", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = finished(command, PATIENCE_S[o.device], stdin=subprocess.DEVNULL)
     return (done.stderr.strip().splitlines() or ["the program does not run"])[-1] if done.returncode else None
 
 
@@ -333,7 +356,7 @@ def measure(o):
     with tempfile.TemporaryDirectory() as o.scratch:
         o.no_ratio = "a toy run compares nothing" if o.toy else None
         if o.python:
-            version = subprocess.run([o.python, "-c", "import torch; print(torch.__version__)"], capture_output=True, text=True)
+            version = finished([o.python, "-c", "import torch; print(torch.__version__)"], PATIENCE_S[o.device])
             record["peer"] = f"PyTorch {version.stdout.strip()}"
             earlier = earlier_record(o, record)
             record["golden"] = earlier.get("golden") or golden(o)
@@ -345,12 +368,15 @@ def measure(o):
         else:
             record["peer"], o.no_ratio, earlier = f"peer not measured: {o.peer_missing}", o.peer_missing, {}
         o.watch = gpu.Watch() if o.device == "cuda" and not o.toy else None
-        record["rows"] = rows(o, earlier.get("rows", []))
+        # What can be gone on from is kept after each row: a call may be cut off.
+        keep = (lambda done: write(o, dict(record, rows=done))) if o.resume else (lambda done: None)
+        keep(earlier.get("rows", []))
+        record["rows"] = rows(o, earlier.get("rows", []), keep)
         record["gpu_range"] = o.watch.stop() if o.watch else None
     return record
 
 
-def rows(o, earlier):
+def rows(o, earlier, keep):
     """A row for each workload: an earlier one if it was finished, else measured now, those first that have none yet."""
     wanted, done = list(workloads(o)), list(earlier)
     find = lambda workload: next((r for r in done if all(r.get(k) == v for k, v in workload.items())), None)
@@ -362,8 +388,13 @@ def rows(o, earlier):
             new = old or dict(workload, sides={}, notes={}, no_ratio="no time left: call again with --resume", unfinished=True)
         else:
             new = run(o, workload)
-        done = [r for r in done if r is not old] + [new]
-    place = {json.dumps(w): i for i, w in enumerate(wanted)}
+        done = in_order(o, [r for r in done if r is not old] + [new])
+        keep(done)
+    return in_order(o, done)
+
+
+def in_order(o, done):
+    place = {json.dumps(w): i for i, w in enumerate(workloads(o))}
     key = lambda r: (r["kind"] != "train", place.get(json.dumps({k: r[k] for k in ("kind", "config", "batch", "sampler") if k in r}), -1))
     return sorted(done, key=key)
 
@@ -452,6 +483,17 @@ def defaults(o, error):
     return o
 
 
+def write(o, record):
+    """Writes the record and its table, each beside and then renamed; returns the table."""
+    o.out.mkdir(parents=True, exist_ok=True)
+    text = markdown(record)
+    for suffix, content in (("json", json.dumps(record, indent=1) + "\n"), ("md", text)):
+        part = o.out / f".{o.name}.{suffix}.part"
+        part.write_text(content)
+        part.replace(o.out / f"{o.name}.{suffix}")
+    return text
+
+
 def main():
     parser = arguments()
     o = parser.parse_args()
@@ -463,11 +505,7 @@ def main():
         sys.exit(3)
     o.work.mkdir(parents=True, exist_ok=True)
     record = measure(o)
-    text = markdown(record)
-    print(text)
-    o.out.mkdir(parents=True, exist_ok=True)
-    (o.out / f"{o.name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    (o.out / f"{o.name}.md").write_text(text)
+    print(write(o, record))
     sys.exit(0 if any(row["sides"] for row in record["rows"]) else 3)
 
 

@@ -11,6 +11,10 @@ import time
 HERE = pathlib.Path(__file__).resolve().parent
 
 
+BLOCK_S = 120  # seconds after which a block is given up
+END_S = 30  # seconds to end in, once the input is closed
+
+
 class Side:
     """One process. It prints a line when it is ready, then one for each line it reads."""
 
@@ -40,7 +44,7 @@ class Side:
         before, begin = processor_seconds(self.process.pid), time.monotonic()
         self.process.stdin.write("\n")
         self.process.stdin.flush()
-        block = self.answer()
+        block = self.answer(time.monotonic() + BLOCK_S)
         after = processor_seconds(self.process.pid)
         block["processor_s"] = (after - before) / block["calls"] if after else None
         if watch:
@@ -53,7 +57,13 @@ class Side:
             self.process.stdin.close()
         except BrokenPipeError:  # it has ended by itself
             pass
-        self.process.wait()
+        try:
+            self.process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
+        self.errors.close()
 
 
 def processor_seconds(pid):

@@ -4,7 +4,10 @@
 """
 
 import json
+import os
 import pathlib
+import subprocess
+import sys
 import tempfile
 import time
 import unittest
@@ -12,9 +15,11 @@ from unittest import mock
 
 import compare
 import gpu
+import sides
 import tiers
 from tables import markdown
 
+LOST = []  # sides that end in the middle of their blocks
 SCATTER = [1.0, 1.1, 0.9, 1.05, 0.95, 1.0]
 SECONDS = dict(iddpm=0.001, P0=0.009, P1=0.004, P2=0.003, P3=0.002)
 SMI = {"compute-apps": [], "utilization.gpu": [["0"]],
@@ -35,6 +40,8 @@ class Side:
         self.head = self.answer
 
     def block(self, watch=None):
+        if self.name in LOST and len(self.blocks) == 2:
+            raise RuntimeError("the GPU was lost")
         self.blocks.append(dict(s=self.seconds, calls=10, foreign=0.01, sm_mhz=self.clock))
         return self.blocks[-1]
 
@@ -122,7 +129,7 @@ class Compare(unittest.TestCase):
         self.assertEqual(row["sides"]["P0 eager"]["ms"], 9.0)
         self.assertEqual((row["p3"]["options"], row["p3"]["tried"]), (dict(norm="sums"), 2))
         self.assertTrue(row["unfinished"], "the sweep has more to try")
-        for part in ("Fake GPU", "**2.00**", "bf16, P0 f32 (TF32)", "| 0.5 | 5 | 5 |", "best of 2 of 15 tried", "they agree", "passed"):
+        for part in ("Fake GPU", "**2.00**", "bf16, P0 f32 (TF32)", "| 0.5 | 5 | 5 |", "best of 2 of 17 tried", "they agree", "passed"):
             self.assertIn(part, self.table)
 
     def test_ours_in_f32_is_held_against_no_bf16(self):
@@ -148,6 +155,29 @@ class Compare(unittest.TestCase):
         self.set(dies=dict(P0="out of memory"))
         self.assertEqual(self.compare()["rows"][0]["ratio"], 2.0, "the tier of another precision is in no ratio")
 
+    def test_a_side_that_ends_in_the_middle_is_named_and_the_next_row_is_measured(self):
+        for side in ("P2 torch.compile", "iddpm"):
+            with mock.patch.dict(globals(), LOST=[side]):
+                lost, = self.compare()["rows"]
+            self.assertEqual(lost["notes"][side], "stopped: the GPU was lost")
+            self.assertIn("the GPU was lost" if side == "iddpm" else "was not measured", lost["no_ratio"])
+            self.assertNotIn("ratio", lost)
+        with mock.patch.dict(globals(), LOST=["P0 eager, fused AdamW"]):
+            self.assertNotIn("ratio", self.compare(device="cpu")["rows"][0])
+
+    def test_a_call_that_is_killed_leaves_the_rows_before(self):
+        ours = self.ours
+        def killed(o, workload):
+            if workload["config"] == "cifar10":
+                raise KeyboardInterrupt
+            return ours(o, workload)
+        with mock.patch.object(self, "ours", killed), self.assertRaises(KeyboardInterrupt):
+            self.compare("--resume", "--configs", "tiny,cifar10")
+        row, = json.loads((self.folder / "cuda.json").read_text())["rows"]
+        self.assertEqual((row["config"], row["ratio"]), ("tiny", 2.0))
+        self.assertIn("**2.00**", (self.folder / "cuda.md").read_text())
+        self.assertEqual([p.name for p in self.folder.glob(".*.part")], [])
+
     def test_a_gpu_in_use_is_not_measured(self):
         busy = dict(smi={"compute-apps": [["77", "train", "900"]]})
         with mock.patch.object(gpu, "in_use", lambda: None):
@@ -162,8 +192,14 @@ class Compare(unittest.TestCase):
     def test_what_is_missing_is_said(self):
         self.assertIn("no device", self.refused(smi={"name": None}))
         self.assertIn("lacks torch", self.refused("--python", "", "--peer-missing", "this Python lacks torch"))
-        with mock.patch.object(compare, "peer_refuses", lambda o: "compute capability 7.x: both sides compute in bf16, which needs 8.0"):
-            self.assertIn("needs 8.0", self.refused())
+        o = mock.Mock(python="python", device="cuda")
+        for status, out, part in ((0, "7", "compute capability 7.x: both sides compute in bf16, which needs 8.0"),
+                                  (1, "", "PyTorch sees no GPU")):
+            done = subprocess.CompletedProcess([], status, out, "Traceback\nAssertionError: PyTorch sees no GPU\n")
+            with mock.patch.object(compare, "finished", lambda *a, **k: done):
+                self.assertIn(part, compare.peer_refuses(o))
+        with mock.patch.object(compare, "peer_refuses", lambda o: "compute capability 7.x"):
+            self.assertEqual("compute capability 7.x", self.refused())
         with mock.patch.object(compare, "we_refuse", lambda o: "error: this binary holds kernels for sm_80"):
             self.assertIn("sm_80", self.refused())
 
@@ -192,6 +228,19 @@ class Compare(unittest.TestCase):
         self.assertNotIn("**1.", self.table)
 
 
+class Processes(unittest.TestCase):
+    def test_what_hangs_is_ended(self):
+        done = compare.finished([sys.executable, "-c", "import time; time.sleep(60)"], 0.3)
+        self.assertEqual((done.returncode, done.stderr), (124, "no answer within 0 s"))
+        program = "import time; print('{}', flush=True); input(); time.sleep(60)"
+        side = sides.Side("slow", [sys.executable, "-c", program], dict(os.environ))
+        side.start(time.monotonic() + 20)
+        with mock.patch.object(sides, "BLOCK_S", 0.3), self.assertRaisesRegex(RuntimeError, "no time left"):
+            side.block()
+        side.stop()
+        self.assertIsNotNone(side.process.returncode)
+
+
 class Gpu(unittest.TestCase):
     def test_the_clock_of_a_block_is_that_of_its_answers(self):
         watch = gpu.Watch.__new__(gpu.Watch)
@@ -213,7 +262,7 @@ class Sweep(unittest.TestCase):
                 dict(variant="P3 nchw", ms=1.0, options=dict(layout="nchw")), dict(variant="P3 freezing", note="RuntimeError: no"),
                 dict(variant="P3 norm nhwc", note="stopped after 100 s")]
         found = tiers.best_of_sweep({"sample cifar10 batch 1": rows}, "sample", "cifar10", 1)
-        self.assertEqual((found["variant"], found["options"], found["tried"], found["of"]), ("P3 nchw", dict(layout="nchw"), 3, 7))
+        self.assertEqual((found["variant"], found["options"], found["tried"], found["of"]), ("P3 nchw", dict(layout="nchw"), 3, 18))
         found = tiers.best_of_sweep({"sample cifar10 batch 1": [*rows, rows[-1]]}, "sample", "cifar10", 1)
         self.assertEqual((found["variant"], found["tried"]), ("P3 nchw", 4), "two stops are enough")
         self.assertEqual(tiers.best_of_sweep({}, "train", "cifar10", 128)["options"], {})

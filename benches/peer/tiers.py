@@ -23,19 +23,30 @@ P3 = "P3 best of the sweep"
 # What a greedy sweep tries: each entry changes the fastest variant so far and stays if it is faster.
 TRAIN_SWEEP = [("bf16 weights, flat optimiser, graph", {}), ("norm sums", dict(norm="sums")),
                ("norm nhwc", dict(norm="nhwc")), ("autocast", dict(precision="autocast")),
-               ("1x1 as conv", dict(linear=False)), ("fused optimiser", dict(opt="fused")),
+               ("1x1 as conv", dict(linear=False)), ("1x1 as conv, as product", dict(linear=False, inductor={"conv_1x1_as_mm": True})),
+               ("fused optimiser", dict(opt="fused")),
                ("max-autotune-no-cudagraphs", dict(mode="max-autotune-no-cudagraphs")),
                ("reduce-overhead", dict(mode="reduce-overhead", graph=False)), ("nchw", NCHW),
                ("force layout", dict(inductor={"force_layout_optimization": True})),
                ("coordinate descent", dict(inductor={"coordinate_descent_tuning": True})),
                ("single projections", dict(batch_emb=False)),
+               ("autotune, cuDNN convs", dict(mode="max-autotune-no-cudagraphs", inductor={"max_autotune_conv_backends": "ATEN"})),
                ("autotune, Triton convs", dict(mode="max-autotune-no-cudagraphs", inductor={
                    "max_autotune_conv_backends": "ATEN,TRITON", "coordinate_descent_tuning": True})),
                ("max-autotune", dict(mode="max-autotune", graph=False)), ("eager in a graph", dict(mode=None))]
 SAMPLE_SWEEP = [("compile + graph", {}), ("norm sums", dict(norm="sums")), ("norm nhwc", dict(norm="nhwc")),
                 ("freezing", dict(inductor={"freezing": True})),
                 ("max-autotune-no-cudagraphs", dict(mode="max-autotune-no-cudagraphs")),
-                ("1x1 as conv", dict(linear=False)), ("reduce-overhead", dict(mode="reduce-overhead", graph=False))]
+                ("1x1 as conv", dict(linear=False)), ("1x1 as conv, as product", dict(linear=False, inductor={"conv_1x1_as_mm": True})),
+                ("reduce-overhead", dict(mode="reduce-overhead", graph=False)), ("inference mode", dict(inference=True)),
+                ("autocast", dict(precision="autocast")), ("nchw", NCHW),
+                ("force layout", dict(inductor={"force_layout_optimization": True})),
+                ("coordinate descent", dict(inductor={"coordinate_descent_tuning": True})),
+                ("single projections", dict(batch_emb=False)),
+                ("autotune, cuDNN convs", dict(mode="max-autotune-no-cudagraphs", inductor={"max_autotune_conv_backends": "ATEN"})),
+                ("autotune, Triton convs", dict(mode="max-autotune-no-cudagraphs", inductor={
+                    "max_autotune_conv_backends": "ATEN,TRITON", "coordinate_descent_tuning": True})),
+                ("max-autotune", dict(mode="max-autotune", graph=False)), ("eager in a graph", dict(mode=None))]
 SWEEPS = dict(train=TRAIN_SWEEP, sample=SAMPLE_SWEEP)
 
 

@@ -23,7 +23,7 @@ warnings.filterwarnings("ignore")
 TRAIN = dict(precision="bf16w", layout="nhwc", norm="native", linear=True, batch_emb=True, mode="default",
              graph=True, opt="flat", inductor={})
 SAMPLE = dict(precision="bf16w", layout="nhwc", norm="native", linear=True, batch_emb=True, mode="default",
-              graph=True, inductor={}, sampler="ancestral")
+              graph=True, inductor={}, inference=False, sampler="ancestral")
 
 
 def prepare(job, training):
@@ -38,6 +38,7 @@ def prepare(job, training):
         setattr(target, path[-1], value)
     torch.backends.cudnn.benchmark = True
     if job["device"] == "cuda":
+        inductor.triton.unique_kernel_names = bool(job.get("kernels"))
         torch.backends.cudnn.benchmark_limit = 0
     torch.backends.cudnn.allow_tf32 = True
     torch.set_float32_matmul_precision("high")
@@ -173,7 +174,7 @@ def sampling(job):
 
     reverse = compiled(reverse, job["mode"])
 
-    @torch.no_grad()
+    @(torch.inference_mode() if job["inference"] else torch.no_grad())
     def step():
         if job["mode"] in ("reduce-overhead", "max-autotune"):
             torch.compiler.cudagraph_mark_step_begin()

@@ -49,7 +49,10 @@ inline uint32_t to_tf32(float x) {
     uint32_t u = emu_bits<uint32_t>(x);
     return (u & 0x7fffffffu) >= 0x7f800000u ? u : (u + 0x1000u) & 0xffffe000u;
 }
-inline float exp2_approx(float x) { return exp2f(x); }
+inline float exp2_approx(float x) {
+    float y = emu::off_by(2, exp2f(x));
+    return y < 0x1p-126f ? 0.0f : y;
+}
 #define named_barrier_sync(id, threads) ((void)emu::barrier(id, threads, __FILE__, __LINE__, true, 0))
 #define named_barrier_arrive(id, threads) ((void)emu::barrier(id, threads, __FILE__, __LINE__, false, 0))
 

@@ -98,6 +98,7 @@ template <int N, bool REGISTERS> DEV void product(float* c, const bf16* a, const
         if constexpr (REGISTERS) {
             uint32_t r[4];
             for (int i = 0; i < 4; i++) r[i] = *reinterpret_cast<const uint32_t*>(a + (row + (i & 1) * 8) * 64 + k * 16 + t + (i >> 1) * 8);
+            wgmma_fence();  // the registers were written since the last one
             wgmma<N>(d, r, db, k > 0);
         } else {
             wgmma<N>(d, da, db, k > 0);

@@ -91,6 +91,7 @@ pub fn kernels(record: &mut Record, list: &[Named], open: Open, effort: &Effort,
         kinds.step.device.capture(kinds.step.id)?;
         let rounds = Rounds::measure(&mut kinds.step, effort)?;
         record.add(table(&title, &kinds, &rounds, ceilings));
+        record.keep(&[])?;
     }
     Ok(())
 }
@@ -183,23 +184,43 @@ fn shape(g: &Graph, op: &Op) -> String {
     format!("{} <- {}", list(op.outputs()), list(op.inputs()))
 }
 
-/// Writes normal numbers to every value that an op reads and none may write.
+/// Normal numbers that are drawn; a larger value has them again and again, each value from another one on.
+const NORMALS: usize = 1 << 20;
+
+/// Writes normal numbers to every value that an op reads and none may write: tens of gigabytes on a GPU, so few are drawn.
 fn fill(step: &mut TrainingStep, seed: u64) -> Result<()> {
     let g = step.graph().clone();
+    let mut normals = vec![0.0; NORMALS];
+    rng::fill_normal(&mut normals, seed, 0, 0, rng::op::PARAM_INIT);
+    let rounded: Vec<bf16> = normals.iter().copied().map(bf16::from_f32).collect();
+    let (mut x, mut half, mut filled) = (Vec::new(), Vec::new(), vec![false; g.values.len()]);
     for (k, v) in g.steps.iter().flat_map(|s| s.op.inputs()).enumerate() {
         let own = matches!(g[v].place, Place::Arena | Place::Fixed(Region::State, _));
-        if !own || !matches!(g[v].dtype, DType::F32 | DType::Bf16) {
-            continue;
-        }
-        let mut x = vec![0.0; g.shape(v).len()];
-        rng::fill_normal(&mut x, seed, 0, k as u32, rng::op::PARAM_INIT);
-        if g[v].dtype == DType::F32 {
-            step.device.write(step.id, v, &x)?;
-        } else {
-            step.device.write(step.id, v, &x.into_iter().map(bf16::from_f32).collect::<Vec<_>>())?;
+        let own = own && !std::mem::replace(&mut filled[v.index()], true);
+        let (len, from) = (g.shape(v).len(), k * 4099 % NORMALS);
+        match g[v].dtype {
+            DType::F32 if own => {
+                repeat(&mut x, &normals, from, len);
+                step.device.write(step.id, v, &x)?;
+            }
+            DType::Bf16 if own => {
+                repeat(&mut half, &rounded, from, len);
+                step.device.write(step.id, v, &half)?;
+            }
+            _ => {}
         }
     }
     Ok(())
+}
+
+/// Fills `out` with `len` entries of `table`, round and round from the entry `from`.
+fn repeat<T: Copy>(out: &mut Vec<T>, table: &[T], mut from: usize, len: usize) {
+    out.clear();
+    while out.len() < len {
+        let n = (table.len() - from).min(len - out.len());
+        out.extend_from_slice(&table[from..from + n]);
+        from = 0;
+    }
 }
 
 /// Seconds of each op of the list, by block.
@@ -237,5 +258,19 @@ impl Rounds {
         }
         let busy = quiet.len() < FEWEST;
         Ok(Rounds { blocks: if busy { all } else { quiet }, busy })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::repeat;
+
+    #[test]
+    fn a_table_is_repeated_from_any_entry() {
+        let mut out = vec![9];
+        repeat(&mut out, &[1, 2, 3], 2, 8);
+        assert_eq!(out, [3, 1, 2, 3, 1, 2, 3, 1]);
+        repeat(&mut out, &[1, 2, 3], 1, 1);
+        assert_eq!(out, [2]);
     }
 }

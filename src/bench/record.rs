@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -234,6 +234,7 @@ fn date(seconds: u64) -> String {
 pub struct Record {
     head: Map<String, Value>,
     tables: Vec<Table>,
+    file: Option<PathBuf>,
 }
 
 impl Record {
@@ -268,7 +269,25 @@ impl Record {
             "device": device, "threads": threads, "machine": machine, "effort": effort, "ceilings": ceilings,
         });
         let Value::Object(head) = head else { unreachable!("an object was written") };
-        Record { head, tables: Vec::new() }
+        Record { head, tables: Vec::new(), file: None }
+    }
+
+    /// With a file that keeps what there is whenever a row is measured: a measurement that is cut off leaves the rows before.
+    pub fn kept_in(mut self, file: Option<&Path>) -> Self {
+        self.file = file.map(Path::to_path_buf);
+        self
+    }
+
+    /// Keeps `tables`, which have a new row, beside those that are complete.
+    ///
+    /// # Errors
+    /// [`Error::Io`] naming the file.
+    pub fn keep(&self, tables: &[&Table]) -> Result<()> {
+        let Some(path) = &self.file else { return Ok(()) };
+        let mut all = self.head.clone();
+        all.insert("tables".into(), self.tables.iter().chain(tables.iter().copied()).map(Table::json).collect());
+        let text = serde_json::to_string_pretty(&Value::Object(all)).expect("strings and numbers") + "\n";
+        std::fs::write(path, text).map_err(Error::io(path, "write"))
     }
 
     /// Prints `table` and keeps it.
@@ -307,17 +326,6 @@ impl Record {
     pub fn set(&mut self, key: &str, value: impl Serialize) {
         self.head.insert(key.into(), json!(value));
     }
-
-    /// Writes the record as JSON.
-    ///
-    /// # Errors
-    /// [`Error::Io`] naming the file.
-    pub fn save(&self, path: &Path) -> Result<()> {
-        let mut all = self.head.clone();
-        all.insert("tables".into(), self.tables.iter().map(Table::json).collect());
-        let text = serde_json::to_string_pretty(&Value::Object(all)).expect("strings and numbers") + "\n";
-        std::fs::write(path, text).map_err(Error::io(path, "write"))
-    }
 }
 
 #[cfg(test)]
@@ -330,6 +338,28 @@ mod tests {
         assert_eq!(date(951_825_599), "2000-02-29T11:59:59Z");
         assert_eq!(date(1_709_251_199), "2024-02-29T23:59:59Z");
         assert_eq!(date(1_735_689_599), "2024-12-31T23:59:59Z");
+    }
+
+    #[test]
+    fn what_is_measured_so_far_is_in_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("record.json");
+        let mut record = Record::new("test", "cpu", 1, &Effort::default(), None).kept_in(Some(&path));
+        let table = |name, rows: usize| {
+            let mut t = Table::new(name);
+            (0..rows).for_each(|i| t.row(vec![("row", i.into())]));
+            t
+        };
+        record.add(table("complete", 2));
+        record.keep(&[&table("under way", 1)]).unwrap();
+        let read = || serde_json::from_str::<Value>(&std::fs::read_to_string(&path).unwrap()).unwrap();
+        assert_eq!(read()["tables"].as_array().map(Vec::len), Some(2));
+        assert_eq!(read()["tables"][1], json!({"name": "under way", "rows": [{"row": 0}]}));
+        record.add(table("under way", 3));
+        record.keep(&[]).unwrap();
+        assert_eq!(read()["tables"][1]["rows"].as_array().map(Vec::len), Some(3));
+        let nowhere = record.kept_in(Some(&folder.path().join("none").join("r.json")));
+        assert!(nowhere.keep(&[]).unwrap_err().to_string().contains("r.json"));
     }
 
     #[test]

@@ -110,6 +110,7 @@ pub fn sample(
                 row.push(("floor_pct", (100.0 * floor / timing.median).into()));
                 row.extend(timing_cells(&timing));
                 table.row(row);
+                record.keep(&[&table])?;
             }
         }
     }

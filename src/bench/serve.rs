@@ -57,12 +57,14 @@ impl Work {
     /// The first line: that the step runs, what it is, its floor at the ceilings measured just now, its memory.
     fn head(&self, named: &Named) -> Result<Value> {
         let (device, graph, memory) = self.parts();
+        // Before the ceilings, whose buffers are larger than a small network.
+        let used = memory.used(device)?;
         let ceilings = Ceilings::measure(device, &Effort { block_s: 0.1, blocks: 3, limit_s: 2.0 })?;
         Ok(json!({
             "ready": true, "params": Params::new(&named.config.model).count(), "batch": named.config.train.batch_size,
             "threads": threads(device), "precision": precision(graph), "floor_ms": 1e3 * floor(graph, &ceilings),
             "ceilings": { "gflops": ceilings.gflops, "gb_s": ceilings.gb_s, "instructions": ceilings.instructions },
-            "planned_bytes": memory.planned, "used_bytes": memory.used(device)?,
+            "planned_bytes": memory.planned, "used_bytes": used,
         }))
     }
 }

@@ -46,6 +46,7 @@ pub fn step(record: &mut Record, list: &[Named], open: Open, effort: &Effort, ce
         row.extend(timing_cells(&timing));
         summary.row(row);
         by_op.push(op_table(name, run.graph(), &seconds, ceilings));
+        record.keep(&[&summary].into_iter().chain(&by_op).collect::<Vec<_>>())?;
     }
     record.add(summary);
     by_op.into_iter().for_each(|t| record.add(t));

@@ -173,7 +173,8 @@ pub fn main(command: &BenchCommand, global: &Global) -> Result<()> {
     let ordinal = if let DeviceKind::Cuda(n) = global.device.kind() { n } else { 0 };
     let watch = Watch::start(&device, ordinal);
     let ceilings = if whole { None } else { Some(Ceilings::measure(&device, &short)?) };
-    let mut record = Record::new(name, &kind, run::threads(&device), &effort, ceilings.as_ref());
+    let record = Record::new(name, &kind, run::threads(&device), &effort, ceilings.as_ref());
+    let mut record = record.kept_in(args.json.as_deref());
     let settings: BTreeMap<_, _> = list.iter().map(|n| (n.name.clone(), &n.config)).collect();
     record.set("configurations", settings);
     record.gpu(gpu.as_ref());
@@ -191,5 +192,5 @@ pub fn main(command: &BenchCommand, global: &Global) -> Result<()> {
         _ => startup::startup(&mut record, &list, &flags, &effort, emulated)?,
     }
     record.clocks(watch.and_then(Watch::stop).as_ref());
-    args.json.as_ref().map_or(Ok(()), |path| record.save(path))
+    record.keep(&[])
 }

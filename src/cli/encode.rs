@@ -21,8 +21,8 @@ pub struct EncodeArgs {
     #[arg(long, value_name = "PATH", default_value = "runs/digits")]
     model_path: PathBuf,
     /// Number of images, evenly spaced over the set [default: all]
-    #[arg(long)]
-    num_samples: Option<usize>,
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    num_samples: Option<u32>,
     /// Images encoded at the same time; the result does not depend on it
     #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u64).range(1..=65_536))]
     batch_size: u64,
@@ -70,7 +70,7 @@ pub fn main(a: &EncodeArgs, g: &Global) -> Result<()> {
     }
     let mut spec = a.data.spec(&config.data, g.threads)?;
     (spec.image_size, spec.channels) = (Some(config.model.image_size), Some(config.model.in_channels));
-    spec.limit = a.num_samples.or(spec.limit);
+    spec.limit = a.num_samples.map(|n| n as usize).or(spec.limit);
     let data = data::open(&spec)?;
     check_data(&config, &data)?;
     settings.batch = settings.batch.min(data.n);

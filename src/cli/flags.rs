@@ -29,7 +29,7 @@ pub struct ModelFlags {
     #[arg(long, visible_alias = "large-size", help_heading = "Network")]
     pub image_size: Option<usize>,
     /// Super-resolution: height and width of the small images that the network enlarges; -1: none
-    #[arg(long, allow_negative_numbers = true, help_heading = "Network")]
+    #[arg(long, help_heading = "Network")]
     pub small_size: Option<i64>,
     /// Channels of the images [default: those of the data]
     #[arg(long, help_heading = "Network")]
@@ -50,10 +50,10 @@ pub struct ModelFlags {
     #[arg(long, help_heading = "Network")]
     pub num_heads: Option<usize>,
     /// Attention heads on the way up; -1 is --num-heads
-    #[arg(long, allow_negative_numbers = true, help_heading = "Network")]
+    #[arg(long, help_heading = "Network")]
     pub num_heads_upsample: Option<i64>,
     /// Channels of one attention head, in place of --num-heads; -1: not used
-    #[arg(long, allow_negative_numbers = true, help_heading = "Network")]
+    #[arg(long, help_heading = "Network")]
     pub num_head_channels: Option<i64>,
     /// The channels of attention are all of q, all of k, all of v, rather than grouped by head
     #[arg(long, value_name = BOOL, help_heading = "Network")]
@@ -155,7 +155,7 @@ pub struct TrainFlags {
     #[arg(long, help_heading = "Training")]
     pub batch_size: Option<usize>,
     /// Images per pass, to save memory; -1: the whole batch
-    #[arg(long, allow_negative_numbers = true, help_heading = "Training")]
+    #[arg(long, help_heading = "Training")]
     pub microbatch: Option<i64>,
     /// Rates of the moving averages of the weights: 0.9999,0.99
     #[arg(long, value_delimiter = ',', help_heading = "Training")]

@@ -46,6 +46,15 @@ struct Cli {
     command: Command,
 }
 
+/// More threads than any machine has cores for; a mistyped number should not start them.
+const MOST_THREADS: usize = 1024;
+/// Columns that an example of the help fills.
+const HELP_WIDTH: usize = 78;
+
+/// Help of `--out`; in a document the default would be taken for a link.
+const OUT: &str =
+    "Folder for everything that is written [default: runs/<preset> for training, else inside the run's folder]";
+
 /// Flags of every subcommand.
 #[derive(Args, Clone, Debug)]
 pub struct Global {
@@ -55,8 +64,8 @@ pub struct Global {
     /// Seed of all random numbers [default: 0]
     #[arg(long, global = true)]
     pub seed: Option<u64>,
-    /// Folder for everything that is written [default: runs/<preset> for training, else inside the run's folder]
-    #[arg(long, global = true, value_name = "DIR")]
+    /// Folder for everything that is written.
+    #[arg(long, global = true, value_name = "DIR", help = OUT)]
     pub out: Option<PathBuf>,
     /// Where to compute.
     #[command(flatten)]
@@ -67,7 +76,7 @@ impl Global {
     /// Opens the device that was asked for.
     ///
     /// # Errors
-    /// Those of [`DeviceFlags::open`].
+    /// [`Error::Device`] for a device that is not there; [`Error::Config`] for a precision that it has not.
     pub fn open_device(&self) -> Result<Device> {
         self.device.open(self.threads)
     }
@@ -126,7 +135,11 @@ enum Command {
     #[command(after_help = "Example:\n  iddpm doctor")]
     Doctor,
     /// Measure speed
-    #[command(subcommand)]
+    #[command(
+        subcommand,
+        after_help = "Examples:\n  iddpm bench step --config t1\n  iddpm bench kernels --config cifar10 --batch-size 4\n  \
+                      iddpm bench sample --device cuda --batches 1,128 --json sample.json\n  iddpm bench memory --device emulated"
+    )]
     Bench(bench::BenchCommand),
 }
 
@@ -163,7 +176,9 @@ pub fn main() -> i32 {
     // A closed pipe, as of `iddpm plan | head`, ends the program as it ends others, rather than in a panic of `println!`.
     // If that cannot be set up, nothing else is lost.
     let always = Arc::new(AtomicBool::new(true));
-    let _ = signal_hook::flag::register_conditional_default(signal_hook::consts::SIGPIPE, always);
+    let _ = signal_hook::flag::register_conditional_default(signal_hook::consts::SIGPIPE, always.clone());
+    // A file that grows over its limit (`ulimit -f`) is then an error like a full disk.
+    let _ = signal_hook::flag::register(libc::SIGXFSZ, always);
     match start(std::env::args_os().collect()) {
         Ok(Ok(())) => 0,
         Ok(Err(e)) => {
@@ -206,8 +221,8 @@ fn parse(args: &[String]) -> Result<Cli> {
 
 fn run(cli: Cli) -> Result<()> {
     let g = &cli.global;
-    if g.threads == Some(0) {
-        return Err(Error::Config("--threads 0: at least one thread is needed".into()));
+    if let Some(n) = g.threads.filter(|n| !(1..=MOST_THREADS).contains(n)) {
+        return Err(Error::Config(format!("--threads {n}: must lie between 1 and {MOST_THREADS}")));
     }
     match cli.command {
         Command::Train(a) => train::main(&a, g),
@@ -280,15 +295,39 @@ pub(crate) fn open_model(path: &Path, flags: &flags::ModelFlags, rate: Option<f6
     Ok(Model { checkpoint, params, device, weights })
 }
 
-/// The command line's grammar: what clap derives, with the reference's booleans.
+/// The command line's grammar: what clap derives, with the reference's booleans, and negative numbers as values.
 fn command() -> clap::Command {
-    fn booleans(c: clap::Command) -> clap::Command {
+    fn finish(c: clap::Command) -> clap::Command {
         let marked = |a: &clap::Arg| a.get_value_names().is_some_and(|names| names[0] == flags::BOOL);
-        c.mut_subcommands(booleans).mut_args(|a| {
-            if marked(&a) { a.value_parser(flags::boolean).num_args(0..=1).default_missing_value("true") } else { a }
+        c.mut_subcommands(finish).mut_args(|a| match () {
+            () if marked(&a) => a.value_parser(flags::boolean).num_args(0..=1).default_missing_value("true"),
+            () if a.get_action().takes_values() => a.allow_negative_numbers(true),
+            () => a,
         })
     }
-    booleans(Cli::command()).subcommands(reference::SCRIPTS.iter().map(|s| s.command()))
+    fn fold(c: clap::Command) -> clap::Command {
+        let examples = c.get_after_help().map(|help| folded(&help.to_string()));
+        let c = c.mut_subcommands(fold);
+        if let Some(examples) = examples { c.after_help(examples) } else { c }
+    }
+    fold(finish(Cli::command()).subcommands(reference::SCRIPTS.iter().map(|s| s.command())))
+}
+
+/// Examples with long commands cut at blanks and joined by `\`, so that they can be copied.
+fn folded(help: &str) -> String {
+    let fold = |line: &str| {
+        let (mut text, mut column) = (String::new(), 0);
+        for word in line.split_inclusive(' ') {
+            if column + word.len() > HELP_WIDTH && line.starts_with("  ") {
+                text += "\\\n      ";
+                column = 6;
+            }
+            text += word;
+            column += word.len();
+        }
+        text
+    };
+    help.lines().map(fold).collect::<Vec<_>>().join("\n")
 }
 
 /// Writes `--a_b=c_d` as `--a-b=c_d`, up to a lone `--`.
@@ -305,4 +344,41 @@ fn normalise(args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
         }
     };
     args.into_iter().map(one).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The command lines among the examples of `c` and of its subcommands, long ones joined again.
+    fn examples(c: &clap::Command) -> Vec<String> {
+        let help = c.get_after_help().map(ToString::to_string).unwrap_or_default().replace("\\\n      ", "");
+        let own = help.lines().filter_map(|l| l.strip_prefix("  ")?.split_once("iddpm ")).map(|(_, rest)| rest.into());
+        own.chain(c.get_subcommands().flat_map(examples)).collect()
+    }
+
+    #[test]
+    fn every_example_is_a_command_line_and_every_command_has_one() {
+        let grammar = command();
+        let found = examples(&grammar);
+        for example in &found {
+            let line = example.split("        ").next().unwrap_or_default();
+            let args: Vec<OsString> =
+                ["iddpm"].into_iter().chain(line.split_whitespace()).map(OsString::from).collect();
+            let args = reference::spell_out(&args).unwrap().unwrap_or_else(|| normalise(args));
+            command().try_get_matches_from(args).unwrap_or_else(|e| panic!("iddpm {line}: {e}"));
+        }
+        for c in grammar.get_subcommands().filter(|c| c.get_name() != "help") {
+            let of = |e: &String| e.split_whitespace().next() == Some(c.get_name());
+            assert!(found.iter().any(of), "{} has no example", c.get_name());
+        }
+    }
+
+    #[test]
+    fn long_examples_are_cut_at_blanks() {
+        let word = "x".repeat(30);
+        let long = format!("Example:\n  iddpm {word} {word} {word}");
+        assert_eq!(folded(&long), format!("Example:\n  iddpm {word} {word} \\\n      {word}"));
+        assert_eq!(folded("Panels: a\n  iddpm b"), "Panels: a\n  iddpm b");
+    }
 }

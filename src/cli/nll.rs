@@ -22,8 +22,8 @@ pub struct NllArgs {
     #[arg(long, value_name = "PATH", default_value = "runs/digits")]
     model_path: PathBuf,
     /// Number of images, evenly spaced over the set [default: all]
-    #[arg(long)]
-    num_samples: Option<usize>,
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    num_samples: Option<u32>,
     /// Terms evaluated at the same time; the result does not depend on it
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..=65_536))]
     batch_size: u64,
@@ -64,14 +64,16 @@ pub fn main(a: &NllArgs, g: &Global) -> Result<()> {
     let mut spec = a.data.spec(&config.data, g.threads)?;
     spec.image_size = Some(config.model.image_size);
     spec.channels = Some(config.model.in_channels);
-    spec.limit = a.num_samples.or(spec.limit);
+    spec.limit = a.num_samples.map(|n| n as usize).or(spec.limit);
     let data = data::open(&spec)?;
     check_data(&config, &data)?;
     let settings =
         NllSettings { clip: a.clip_denoised.unwrap_or(true), batch: a.batch_size as usize, seed: g.seed.unwrap_or(0) };
     let nll = Nll::new(&mut model.device, &config.model, &process, &model.params, data.n, &settings)?;
     println!("model     {} (step {}, {})", path.display(), model.checkpoint.progress.step, model.weights);
-    println!("data      {}: {} of {} images", spec.path.display(), data.n, data.source.found);
+    let parts =
+        if nll.resident() < data.n { format!(", {} at a time on the device", nll.resident()) } else { String::new() };
+    println!("data      {}: {} of {} images{parts}", spec.path.display(), data.n, data.source.found);
     let mut progress = Progress::new("terms");
     let images = Evaluated { pixels: &data.pixels, labels: data.labels.as_deref() };
     let report = nll.run(&mut model.device, images, &mut |done, all| {

@@ -45,7 +45,7 @@ pub struct TrainArgs {
     #[arg(long, value_name = "PATH", hide = true)]
     resume_checkpoint: Option<String>,
     /// Stop after this many minutes, saved
-    #[arg(long, value_parser = minutes, allow_negative_numbers = true, help_heading = "Run")]
+    #[arg(long, value_parser = minutes, help_heading = "Run")]
     minutes: Option<Duration>,
     /// Steps between lines of the log
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..), help_heading = "Run")]
@@ -141,6 +141,12 @@ pub fn super_res(a: &TrainArgs, g: &Global) -> Result<()> {
     main(a, g)
 }
 
+/// Tells mistakes in the settings before a long load; the classes are not known yet.
+fn check_settings(config: &Config) -> Result<()> {
+    let model = ModelConfig { num_classes: None, ..config.model.clone() };
+    Config { model, ..config.clone() }.validate()
+}
+
 impl TrainArgs {
     /// The place of the checkpoint to go on from, if one was asked for.
     fn resume_from(&self, g: &Global) -> Option<PathBuf> {
@@ -167,15 +173,18 @@ impl TrainArgs {
         }
         self.train.apply(g.seed, &mut config);
         self.model.apply(&mut config)?;
+        check_settings(&config)?;
         let out = self.folder(g);
-        if out.join("log.jsonl").exists() || !checkpoint::list(&out).is_empty() {
-            let step = checkpoint::list(&out).pop().map_or("no checkpoint".into(), |(s, _)| format!("step {s}"));
-            let out = out.display();
-            return Err(Error::Config(format!(
-                "{out} already holds a run ({step}): --resume goes on with it, --out DIR starts another"
-            )));
-        }
-        Ok(Start { config, out, checkpoint: None })
+        let (log, newest) = (out.join("log.jsonl"), checkpoint::list(&out).pop());
+        let held = match newest {
+            Some((step, _)) => format!("a run (step {step}): --resume goes on with it, --out DIR starts another"),
+            None if log.exists() => {
+                let log = log.display();
+                format!("the log of a run without a checkpoint: remove {log} to start over, or give another --out")
+            }
+            None => return Ok(Start { config, out, checkpoint: None }),
+        };
+        Err(Error::Config(format!("{} already holds {held}", out.display())))
     }
 
     /// The run whose checkpoint lies at `place`; flags may only lengthen it. How an imported model goes on is free.
@@ -199,6 +208,7 @@ impl TrainArgs {
         }
         flags::agree(&path, &config, &asked, &["steps"])?;
         config.train.steps = self.train.steps.unwrap_or(config.train.steps);
+        check_settings(&config)?;
         config.train.recompute = asked.train.recompute;
         let out = g.out.clone().or_else(|| path.parent().map(Path::to_path_buf)).unwrap_or_default();
         Ok(Start { config, out, checkpoint: Some(checkpoint) })
@@ -212,9 +222,6 @@ impl TrainArgs {
         let mut spec = self.data.spec(&config.data, g.threads)?;
         spec.image_size = Some(config.model.image_size);
         spec.channels = if new { self.model.channels } else { Some(config.model.in_channels) };
-        // Mistakes in the settings are told before a long load; the classes are not known yet.
-        let model = ModelConfig { num_classes: None, ..config.model.clone() };
-        Config { model, ..config.clone() }.validate()?;
         let data = data::open(&spec)?;
         if new {
             config.model.in_channels = data.c;

@@ -186,7 +186,7 @@ fn square(path: &Path, [h, w, _]: [usize; 3]) -> Result<()> {
         false => Err(Error::data(
             path,
             format!(
-                "{w}x{h} pixels, but images must be square: give an image size (such as {}) to scale the shorter side \
+                "{w}x{h} pixels, but images must be square: give --image-size (such as {}) to scale the shorter side \
                  to it and cut the middle",
                 h.min(w).next_power_of_two().min(64)
             ),
@@ -199,14 +199,10 @@ fn mixed(root: &Path, path: &Path, first: [usize; 3], item: &Item, shape: [usize
     let kind = |c: usize| if c == 1 { "grey" } else { "colour" };
     let what = if first[2] != shape[2] {
         let (a, b) = (kind(first[2]), kind(shape[2]));
-        format!(
-            "{} is {a}, {} is {b}: give the number of channels, 1 or 3, to convert all",
-            path.display(),
-            item.path.display()
-        )
+        format!("{} is {a}, {} is {b}: give --channels 1 or 3 to convert all", path.display(), item.path.display())
     } else {
         format!(
-            "{} is {}x{}, {} is {}x{}: give an image size to bring all to one",
+            "{} is {}x{}, {} is {}x{}: give --image-size to bring all to one",
             path.display(),
             first[1],
             first[0],

@@ -1,7 +1,7 @@
 //! A GPU, or its emulation, as a device: the kernels of every step in order, over the same regions and the same arena.
 //!
 //! Addresses never change between two calls of `bind`, `set_weights` and `write_region`, so a plan can be recorded as one graph
-//! ([`Cuda::capture`]) and started as a whole.
+//! (`Cuda::capture`) and started as a whole.
 //!
 //! A plan in bf16 multiplies by rounded copies of its weights, [`Region::Compute`]. Training writes its own beside the
 //! weights; whenever the weights behind a plan change otherwise, its copies are made anew before its next run.

@@ -1,6 +1,6 @@
 //! The field's checkpoints: reading what improved-diffusion, guided-diffusion and diffusers wrote, and writing it again.
 //!
-//! [`tensor_file`] reads a file of named tensors without running anything in it ([`pickle`], [`zip`]); [`reference`] and
+//! [`tensor_file`] reads a file of named tensors without running anything in it ([`pickle`], [`zip`]); [`mod@reference`] and
 //! [`diffusers`] know the names and layouts; [`Source`] joins them: what a file tells of its model, and its tensors in
 //! our order. [`export`] is the way back.
 

@@ -1,4 +1,4 @@
-//! Class embedding: y[n] = x[n] + table[label[n]].   x, y: (n, c) f32, or bf16 on CUDA; table: (classes, c) f32; labels: (n) i32.
+//! Class embedding: `y[n] = x[n] + table[label[n]]`.   x, y: (n, c) f32, or bf16 on CUDA; table: (classes, c) f32; labels: (n) i32.
 //!
 //! The gradient of x is that of y; the table's row k gets the sum of dy over the images of class k, in their order.
 //!
@@ -10,7 +10,7 @@ use crate::args;
 use crate::error::Result;
 use crate::graph::{Graph, Val};
 
-/// y = x + table[labels].
+/// `y = x + table[labels]`.
 #[derive(Clone, Debug)]
 pub struct Embedding {
     /// Result.
@@ -37,7 +37,7 @@ pub struct EmbeddingBackward {
 }
 
 impl Embedding {
-    /// Appends y = x + table[labels].
+    /// Appends `y = x + table[labels]`.
     pub fn record(g: &mut Graph, x: Val, table: Val, labels: Val) -> Val {
         let y = g.like("emb + label_emb", x);
         g.push(Embedding { y, x, table, labels });
@@ -97,7 +97,7 @@ impl Operation for EmbeddingBackward {
     }
 }
 
-/// y = x + table[labels]; labels lie in 0 .. classes (the host checks them).
+/// `y = x + table[labels]`; labels lie in 0 .. classes (the host checks them).
 pub fn forward_cpu(y: &mut [f32], x: &[f32], table: &[f32], labels: &[i32]) {
     let c = y.len() / labels.len();
     for (n, &label) in labels.iter().enumerate() {
@@ -108,7 +108,7 @@ pub fn forward_cpu(y: &mut [f32], x: &[f32], table: &[f32], labels: &[i32]) {
     }
 }
 
-/// dtable[k] = sum of dy[n] over the images n with label k.
+/// `dtable[k]` = sum of `dy[n]` over the images n with label k.
 pub fn backward_cpu(dtable: &mut [f32], dy: &[f32], labels: &[i32], accumulate: bool) {
     let c = dy.len() / labels.len();
     if !accumulate {

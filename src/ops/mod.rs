@@ -198,8 +198,10 @@ pub struct Control {
     pub bias1: f32,
     /// 1 - beta2^k.
     pub bias2: f32,
+    /// Evaluation: number of the image that the data on the device begins with.
+    pub first: u32,
     /// Unused, zero.
-    pub reserved: [u32; 9],
+    pub reserved: [u32; 8],
 }
 
 /// The memory of one step, as the CPU code of its op sees it.

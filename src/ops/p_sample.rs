@@ -6,7 +6,7 @@
 //! of the table that [`Reverse::passes`] names. A solver of second order also reads the x_0 that the call before has left.
 //!
 //! Kernel: `kernels/p_sample.cu`, a block per tile of up to 2,048 elements; images of up to 256 channels. All samplers are one
-//! linear form with coefficients by row, [`ReverseRow`].
+//! linear form with coefficients by row.
 
 use super::launch::Launcher;
 use super::table::Tiling;

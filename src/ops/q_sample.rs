@@ -130,7 +130,7 @@ impl ImageReader<'_> {
 pub enum Noise {
     /// Drawn for training: a function of seed, step and position in the batch.
     Drawn,
-    /// Drawn for evaluation: a function of seed, image index and t.
+    /// Drawn for evaluation: a function of seed, number of the image and t.
     PerImage,
     /// As the host or an earlier step has written it.
     Stored(Val),
@@ -185,7 +185,7 @@ impl NoiseReader<'_> {
     pub fn eps(&self, n: usize, t: i32, eps: &mut [f32]) {
         let (image, step, op) = match self.noise {
             Noise::Stored(_) => return eps.copy_from_slice(&self.stored[n * eps.len()..][..eps.len()]),
-            Noise::PerImage => (self.index[n] as u32, t as u32, rng::op::NLL),
+            Noise::PerImage => (self.control.first + self.index[n] as u32, t as u32, rng::op::NLL),
             Noise::Drawn => (self.first_image + n as u32, self.control.step, rng::op::Q_SAMPLE),
         };
         rng::fill_normal(eps, self.control.seed, image, step, op);

@@ -1,4 +1,4 @@
-//! Sinusoidal embedding of the time value: y[n] = [cos(t f_k), sin(t f_k)], f_k = exp(-ln(max_period) k / half),
+//! Sinusoidal embedding of the time value: `y[n] = [cos(t f_k), sin(t f_k)]`, f_k = exp(-ln(max_period) k / half),
 //! half = dim / 2; an odd dim ends with a zero column.   t: (n) f32, y: (n, dim) f32, or bf16 on CUDA.
 //!
 //! The angle is an f32 product, as in the reference: at t near 1000 its rounding is part of the definition.

@@ -10,7 +10,7 @@ use crate::args;
 use crate::error::Result;
 use crate::graph::{Graph, Shape, Val};
 
-/// y[2i + a][2j + b] = x[i][j], a and b in {0, 1}.
+/// `y[2i + a][2j + b] = x[i][j]`, a and b in {0, 1}.
 #[derive(Clone, Debug)]
 pub struct Upsample {
     /// Result.

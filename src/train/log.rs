@@ -5,6 +5,7 @@
 //! of the bound is given times T, so that it reads as an estimate of the whole bound in bits/dim.
 
 use crate::error::{Error, Result};
+use crate::grid::atomically;
 use crate::tensorboard::Events;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value, json};
@@ -122,7 +123,7 @@ pub struct Log {
 
 impl Log {
     /// Opens `log.jsonl` in `folder` for a run that has done `done` of `steps` steps; later lines of an earlier run
-    /// are dropped. A terminal gets a progress bar.
+    /// are dropped, the others survive whatever happens meanwhile. A terminal gets a progress bar.
     ///
     /// # Errors
     /// [`Error::Io`] when the file cannot be read or written.
@@ -134,12 +135,12 @@ impl Log {
             String::new()
         };
         let step = |line: &str| serde_json::from_str::<Value>(line).ok()?.get("step")?.as_u64();
-        let kept: Vec<&str> = old.lines().filter(|l| step(l).is_some_and(|s| s <= done)).collect();
-        let mut file = OpenOptions::new().create(true).write(true).truncate(true).open(&path);
-        if let Ok(file) = &mut file {
-            kept.iter().try_for_each(|l| writeln!(file, "{l}")).map_err(Error::io(&path, "write"))?;
+        let kept: String =
+            old.lines().filter(|l| step(l).is_some_and(|s| s <= done)).map(|l| format!("{l}\n")).collect();
+        if kept != old {
+            atomically(&path, |file| file.write_all(kept.as_bytes()))?;
         }
-        let file = file.map_err(Error::io(&path, "write"))?;
+        let file = OpenOptions::new().create(true).append(true).open(&path).map_err(Error::io(&path, "write"))?;
         let bar = std::io::stderr().is_terminal().then(|| {
             let style = "{elapsed_precise} {bar:30} {pos}/{len} steps  {msg}";
             let style = ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar());

@@ -53,7 +53,7 @@ pub fn hyper(config: &Config) -> Hyper {
 /// Records one training step on batches out of `images` images, for `target`.
 ///
 /// # Errors
-/// [`crate::Error::Config`] for a process that cannot be respaced as asked.
+/// [`Error::Config`](crate::error::Error::Config) for a process that cannot be respaced as asked.
 pub fn record(config: &Config, params: &Params, images: usize, target: Target) -> Result<(Graph, TrainVals)> {
     let (m, t) = (&config.model, &config.train);
     let process = Arc::new(Process::from_config(&config.diffusion)?);

@@ -106,6 +106,11 @@ fn until_end(
     preview: &mut dyn FnMut(&mut Trainer, &Path) -> Result<String>,
 ) -> Result<End> {
     let (began, steps) = (Instant::now(), t.config.train.steps);
+    let sampled = |step: u64| step == steps || is_due(step, o.sample_interval);
+    // What a run that was killed after its last checkpoint still owes.
+    if t.step > 0 && sampled(t.step) && !grid(t, o).exists() {
+        sample(t, o, log, preview)?;
+    }
     let mut meter = Meter::default();
     let mut since = (Instant::now(), t.step);
     let mut saved = None;
@@ -115,9 +120,8 @@ fn until_end(
         log.step(t.step);
         let limit = o.time_limit.is_some_and(|limit| began.elapsed() >= limit);
         let last = t.step == steps || limit || stop.asked();
-        let due = |interval: u64| interval > 0 && t.step.is_multiple_of(interval);
-        let lines = t.step == first || due(o.log_interval) || last;
-        let (saves, samples) = (due(o.save_interval) || last, due(o.sample_interval) || (last && !stop.asked()));
+        let lines = t.step == first || is_due(t.step, o.log_interval) || last;
+        let (saves, samples) = (is_due(t.step, o.save_interval) || last, sampled(t.step) || (last && !stop.asked()));
         let report = if lines || saves || samples { t.finish(&mut meter)? } else { Report::default() };
         if lines {
             let seconds = since.0.elapsed().as_secs_f64();
@@ -143,12 +147,7 @@ fn until_end(
         }
         if samples {
             pause = pause.or(Some(Instant::now()));
-            let grid = o.out.join(format!("samples-{:08}.png", t.step));
-            let text = preview(t, &grid)?;
-            log.say(&text);
-            if grid.exists() {
-                log.samples(t.step, &grid)?;
-            }
+            sample(t, o, log, preview)?;
         }
         // Saving and sampling are no part of the speed of training.
         since.0 += pause.map_or(Duration::ZERO, |p| p.elapsed());
@@ -166,10 +165,40 @@ fn until_end(
     })
 }
 
+/// Whether something that is done every `interval` steps, or never with 0, is done after `step` steps.
+fn is_due(step: u64, interval: u64) -> bool {
+    interval > 0 && step.is_multiple_of(interval)
+}
+
+/// Where the samples of this step go.
+fn grid(t: &Trainer, o: &Options) -> PathBuf {
+    o.out.join(format!("samples-{:08}.png", t.step))
+}
+
+/// Writes a grid of samples and tells so.
+fn sample(
+    t: &mut Trainer,
+    o: &Options,
+    log: &mut Log,
+    preview: &mut dyn FnMut(&mut Trainer, &Path) -> Result<String>,
+) -> Result<()> {
+    let grid = grid(t, o);
+    let text = preview(t, &grid)?;
+    log.say(&text);
+    if grid.exists() { log.samples(t.step, &grid) } else { Ok(()) }
+}
+
 /// Writes a checkpoint and removes those that are too old.
 fn save(t: &Trainer, o: &Options) -> Result<PathBuf> {
     let path = o.out.join(checkpoint::file_name(t.step));
-    checkpoint::save(&path, &t.snapshot()?, &slots(&t.params))?;
+    checkpoint::save(&path, &t.snapshot()?, &slots(&t.params)).map_err(|e| match e {
+        Error::Io { path, action, source } => {
+            let kind = source.kind();
+            let kept = "earlier checkpoints are untouched: free some space or choose another --out, then --resume";
+            Error::Io { path, action, source: std::io::Error::new(kind, format!("{source}; {kept}")) }
+        }
+        e => e,
+    })?;
     checkpoint::prune(&o.out, o.keep)?;
     o.saved.map_or(Ok(()), |also| also(&path))?;
     Ok(path)

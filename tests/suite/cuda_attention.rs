@@ -7,6 +7,7 @@
 //! Held against unrounded operands, the error may be at most twice that of loops that round operands, p, ds and results to bf16,
 //! and what f32 sums leave (where one key takes all, such loops are exact).
 
+use crate::device::driver;
 use half::bf16;
 use iddpm::device::driver::{Buffer, Driver, Ptr, Schedule};
 use iddpm::ops::attention::{AttentionShape, QkvOrder, launch};
@@ -26,13 +27,6 @@ fn uniform(len: usize, seed: u64) -> Vec<f32> {
 
 fn rounded(x: &[f32]) -> Vec<f32> {
     x.iter().map(|&x| bf16::from_f32(x).to_f32()).collect()
-}
-
-fn driver() -> Driver {
-    if std::env::var("IDDPM_TEST_DEVICE").is_ok_and(|d| d == "cuda") {
-        return Driver::cuda(0).unwrap();
-    }
-    Driver::emulated().unwrap()
 }
 
 /// Blocks wanted: few give the largest tiles, many the smaller ones.

@@ -6,6 +6,7 @@
 //! and then rounded, by 2^-8 Σ|products| more. Held against unrounded operands, their error may be at most twice that of
 //! plain loops over rounded operands with a rounded result.
 
+use crate::device::driver;
 use half::bf16;
 use iddpm::device::driver::{Buffer, Driver, LaunchTraffic, Ptr, Schedule};
 use iddpm::ops::conv2d::launch::{self, Types};
@@ -25,13 +26,6 @@ fn uniform(len: usize, seed: u64) -> Vec<f32> {
 
 fn rounded(x: &[f32]) -> Vec<f32> {
     x.iter().map(|&x| bf16::from_f32(x).to_f32()).collect()
-}
-
-fn driver() -> Driver {
-    if std::env::var("IDDPM_TEST_DEVICE").is_ok_and(|d| d == "cuda") {
-        return Driver::cuda(0).unwrap();
-    }
-    Driver::emulated().unwrap()
 }
 
 fn conv(n: usize, [h, w]: [usize; 2], [ca, cb, oc]: [usize; 3], k: usize, stride: usize, upsample: bool) -> ConvShape {
@@ -380,6 +374,27 @@ fn bits_do_not_depend_on_the_schedule() {
                 emulator.set_schedule(schedule);
                 assert_eq!(first, bits(), "{pass:?} {t:?} {s:?}: {schedule:?}");
             }
+        }
+    }
+}
+
+/// A result is summed in one order whatever tile it falls in: pictures do not depend on the batch they are made in.
+#[test]
+fn bits_do_not_depend_on_the_tile() {
+    let d = driver();
+    for s in [
+        conv(3, [8, 8], [136, 0, 128], 3, 1, false),
+        conv(3, [8, 8], [64, 64, 192], 1, 1, false),
+        conv(3, [8, 8], [64, 0, 128], 3, 1, true),
+        conv(3, [8, 8], [64, 0, 128], 3, 2, false),
+    ] {
+        let data = Data::new(s, 5);
+        for pass in [Pass::Forward, Pass::Data] {
+            let bits = |full| -> Vec<u32> {
+                kernels(&d, &data, pass, BF16, full).concat().iter().map(|x| x.to_bits()).collect()
+            };
+            let first = bits(FEW);
+            assert!([3, 6, 1000].iter().all(|&full| bits(full) == first), "{pass:?} {s:?}");
         }
     }
 }

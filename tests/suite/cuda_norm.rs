@@ -1,10 +1,10 @@
-//! Group norm on the emulated GPU against the plain loops in f64: forward, backward, dropout, two sources, parts of every size.
+//! Group norm on a GPU or its emulation against the plain loops in f64: forward, backward, dropout, two sources, parts of every size.
 //!
 //! f32 kernels sum in f32 (the statistics of groups in f64) and take `exp` as the fast one does: 1e-5 of the largest element of a
 //! result bounds both. bf16 kernels are given what the plain loops see rounded, compute the same in f32 and round each result
 //! once: 2^-8 of the element more. Gradients of the input may cancel: there the size is that of the terms, |rstd| times the largest.
 
-use crate::cuda_ops::{CONTROL, emulated, graph, metered, read, round, same_bits, write};
+use crate::cuda_ops::{CONTROL, gpu, graph, metered, read, round, same_bits, write};
 use iddpm::device::PlanId;
 use iddpm::device::{Device, Plan};
 use iddpm::graph::{DType, Graph, Region, Shape, Source, Val};
@@ -167,7 +167,7 @@ impl Recorded {
     }
 
     fn run(&self) -> Vec<Vec<f32>> {
-        let mut d = emulated();
+        let mut d = gpu();
         let id = d.bind(Plan::new(self.g.clone(), true)).unwrap();
         self.write(&mut d, id);
         d.run(id).unwrap();
@@ -326,7 +326,7 @@ fn what_no_kernel_covers_is_refused_by_name() {
     let refused = |case: Case, change: &dyn Fn(&mut Graph)| {
         let mut r = Recorded::new(case);
         change(&mut r.g);
-        emulated().bind(Plan::new(r.g, true)).unwrap_err().to_string()
+        gpu().bind(Plan::new(r.g, true)).unwrap_err().to_string()
     };
     let message = refused(Case { channels: [300, 212], groups: 1, ..PLAIN }, &|_| {});
     for part in ["group_norm", "512 channels", "256", "--device cpu"] {

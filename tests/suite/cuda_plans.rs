@@ -1,6 +1,6 @@
-//! Plans in bf16 on the emulated GPU: the rounded weights they multiply by, what they need of memory, sampling and bits/dim.
+//! Plans in bf16 on a GPU or its emulation: the rounded weights they multiply by, what they need of memory, sampling and bits/dim.
 
-use crate::cuda_ops::{cuda, normals, round};
+use crate::cuda_ops::{cuda, gpu, normals, round};
 use crate::half::distance;
 use half::bf16;
 use iddpm::autograd;
@@ -18,8 +18,8 @@ use iddpm::unet::{Layer, Params};
 
 const BF16: Target = Target::Cuda(Precision::Bf16);
 
-fn emulated(precision: Precision) -> Device {
-    Device::emulated().unwrap().with_precision(precision)
+fn on_gpu(precision: Precision) -> Device {
+    gpu().with_precision(precision)
 }
 
 /// A convolution's tensors, used as a linear layer: 8 columns to 16.
@@ -117,7 +117,7 @@ fn region(device: &Device, region: Region) -> Vec<f32> {
 /// present ones, as a captured graph too.
 #[test]
 fn rounded_weights_follow_the_weights() {
-    let mut device = emulated(Precision::Bf16);
+    let mut device = on_gpu(Precision::Bf16);
     let len = params().len;
     let [first, second, average] = [11, 12, 13].map(|stream| normals(len, stream));
     device.write_region(Region::Params, &first).unwrap();
@@ -150,7 +150,7 @@ fn rounded_weights_follow_the_weights() {
 /// One launch rounds the weights when they have changed, none when they have not.
 #[test]
 fn weights_are_rounded_once_for_each_change() {
-    let mut device = emulated(Precision::Bf16);
+    let mut device = Device::emulated().unwrap();
     device.write_region(Region::Params, &normals(params().len, 3)).unwrap();
     let live = Layers::bind(&mut device, false);
     let mut rounded = || {
@@ -238,10 +238,67 @@ fn samples_and_bits_per_dim_follow_the_processor() {
     for reverse in [Reverse::Ancestral, Reverse::Ddim(0.0)] {
         let (images, bits) = sampled_and_measured(Device::cpu(0).unwrap(), reverse);
         for (precision, bound) in [(Precision::F32, 2e-6), (Precision::Bf16, 10f64.sqrt() / 512.0)] {
-            let (ours, our_bits) = sampled_and_measured(emulated(precision), reverse);
+            let (ours, our_bits) = sampled_and_measured(on_gpu(precision), reverse);
             let off = [distance(&ours, &images), distance(&our_bits, &bits)];
             println!("{reverse:?} {precision:?}: pictures {:.1e} off, bits/dim {:.1e}", off[0], off[1]);
             assert!(off.iter().all(|&off| off <= bound), "{reverse:?} {precision:?}: {off:?} off, bound {bound:e}");
+        }
+    }
+}
+
+/// A picture has the same bits in any batch, and so have the terms of the bound of an image, also where the images come to the device
+/// in parts: sums of a network's forward pass have one order for every number of images.
+#[test]
+fn bits_do_not_depend_on_the_batch() {
+    let (model, diffusion) = tiny();
+    let params = Params::new(&model);
+    let seeds: Vec<u64> = (1..=7).collect();
+    let pixels: Vec<u8> = (0..7 * 16).map(|i| (i * 53 % 256) as u8).collect();
+    let labels = [0, 1, 2, 0, 1, 2, 0];
+    let pictures = |precision, batch| -> Vec<u32> {
+        let mut device = on_gpu(precision);
+        device.write_region(Region::Params, &weights(&params)).unwrap();
+        let settings = SampleSettings { batch, ..SampleSettings::default() };
+        let sampler = Sampler::new(&mut device, &model, &diffusion, &params, &settings).unwrap();
+        let pictures = Pictures { seeds: &seeds, labels: Some(&labels) };
+        sampler.run(&mut device, pictures, &mut |_| Ok(())).unwrap().iter().map(|x| x.to_bits()).collect()
+    };
+    // `lacking`: bytes of memory fewer than all images need, on the emulator.
+    let report = |precision, batch, lacking: Option<usize>| {
+        let mut device = on_gpu(precision);
+        device.write_region(Region::Params, &weights(&params)).unwrap();
+        let settings = NllSettings { clip: true, batch, seed: 4 };
+        let nll = |device: &mut Device| Nll::new(device, &model, &diffusion, &params, 7, &settings).unwrap();
+        if let Some(lacking) = lacking {
+            let mut whole = on_gpu(precision);
+            let id = nll(&mut whole).id();
+            let need = whole.plan(id).bytes();
+            cuda(&mut device).driver().emulator().unwrap().set_memory(need - lacking);
+        }
+        let nll = nll(&mut device);
+        let mut told = Vec::new();
+        let images = Evaluated { pixels: &pixels, labels: Some(&labels) };
+        let report = nll.run(&mut device, images, &mut |done, all| {
+            told.push((done, all));
+            Ok(())
+        });
+        assert!(told.is_sorted() && told.last() == Some(&(28, 28)), "{told:?}");
+        (nll.resident(), report.unwrap())
+    };
+    for precision in [Precision::F32, Precision::Bf16] {
+        let first = pictures(precision, 7);
+        assert!([1, 2, 5].iter().all(|&batch| pictures(precision, batch) == first), "{precision:?}: pictures");
+        let (resident, all) = report(precision, 28, None);
+        assert_eq!(resident, 7);
+        for (batch, lacking, at_a_time) in
+            [(1, None, 7), (9, None, 7), (28, Some(1), 6), (5, Some(5 * 16), 2), (4, Some(6 * 16), 1)]
+        {
+            if lacking.is_some() && !on_gpu(precision).is_emulated() {
+                continue;
+            }
+            let (resident, parts) = report(precision, batch, lacking);
+            assert_eq!(resident, at_a_time, "{lacking:?} bytes lacking");
+            assert!(parts == all, "{precision:?}, batches of {batch}, {resident} images at a time: other terms");
         }
     }
 }
@@ -265,7 +322,7 @@ fn steered_samples_follow_the_processor() {
         assert!(images.iter().all(|x| x.is_finite()));
         // As above, times 3 for the difference that guidance takes.
         for (precision, bound) in [(Precision::F32, 6e-6), (Precision::Bf16, 3.0 * 10f64.sqrt() / 512.0)] {
-            let off = distance(&sampled(emulated(precision), reverse), &images);
+            let off = distance(&sampled(on_gpu(precision), reverse), &images);
             println!("{reverse:?} {precision:?}: pictures {off:.1e} off");
             assert!(off <= bound, "{reverse:?} {precision:?}: {off:e} off, bound {bound:e}");
         }

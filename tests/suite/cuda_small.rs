@@ -1,10 +1,10 @@
-//! The element-wise kernels on the emulated GPU: embeddings, SiLU, sums, pooling and enlargement.
+//! The element-wise kernels on a GPU or its emulation: embeddings, SiLU, sums, pooling and enlargement.
 //!
 //! Each tensor lies in an allocation of its own. Kernels that copy, or add in the order of the processor, are held to its bits, in bf16
 //! to its result rounded once; SiLU to f64. Every case runs on several grids and under all schedules of the emulator for the
 //! same bits.
 
-use crate::cuda_ops::{emulated, normals, round, run, same_bits, traffic, write};
+use crate::cuda_ops::{gpu, normals, round, run, same_bits, traffic, write};
 use iddpm::device::{Device, Plan, PlanId};
 use iddpm::graph::{DType, Graph, Region, Shape, Val};
 use iddpm::ops::{add, avg_pool, embedding, silu, timestep_embedding, upsample};
@@ -74,7 +74,7 @@ impl Case {
     /// The output of the one step, in every way to play it out.
     fn run(&self) -> Vec<f32> {
         same_bits(&self.g, &self.outputs, |d, id| self.write(d, id));
-        let (device, id) = run(emulated(), &self.g, |d, id| self.write(d, id));
+        let (device, id) = run(gpu(), &self.g, |d, id| self.write(d, id));
         crate::cuda_ops::read(&device, id, self.outputs[0])
     }
 
@@ -330,7 +330,7 @@ fn mixed_types_are_refused_by_name() {
     let x = g.fixed("x", Shape::rows(4, 4), DType::F32, Region::Inputs);
     let y = g.fixed("y", Shape::rows(4, 4), DType::Bf16, Region::State);
     g.push(silu::Silu { x, y });
-    let message = emulated().bind(Plan::new(g, true)).unwrap_err().to_string();
+    let message = gpu().bind(Plan::new(g, true)).unwrap_err().to_string();
     for part in ["Silu", "head", "silu: no kernel for x of type F32 beside Bf16", "--device cpu"] {
         assert!(message.contains(part), "{message}");
     }

@@ -1,6 +1,6 @@
-//! Whole training steps on the emulated GPU: against the processor, against themselves however they are run, and by the meter.
+//! Whole training steps on a GPU or its emulation: against the processor, against themselves however they are run, and by the meter.
 
-use crate::cuda_ops::cuda;
+use crate::cuda_ops::{cuda, gpu};
 use crate::half::Plain;
 use iddpm::config::preset::preset;
 use iddpm::config::{Config, Precision};
@@ -115,8 +115,8 @@ impl Run {
     }
 }
 
-fn emulated(precision: Precision) -> Device {
-    Device::emulated().unwrap().with_precision(precision)
+fn on_gpu(precision: Precision) -> Device {
+    gpu().with_precision(precision)
 }
 
 fn mean(x: &[f32]) -> f64 {
@@ -128,7 +128,7 @@ fn mean(x: &[f32]) -> f64 {
 fn twenty_steps_in_f32_follow_the_processor() {
     let config = busy();
     let mut cpu = Run::new(&config, Device::cpu(0).unwrap(), true);
-    let mut gpu = Run::new(&config, emulated(Precision::F32), true);
+    let mut gpu = Run::new(&config, on_gpu(Precision::F32), true);
     let mut worst = 0.0f64;
     for k in 0..20 {
         let (want, got) = (mean(&cpu.step()), mean(&gpu.step()));
@@ -145,7 +145,7 @@ fn twenty_steps_in_f32_follow_the_processor() {
 fn twenty_steps_in_bf16_stay_as_near_as_a_plain_implementation() {
     let config = config();
     let mut cpu = Run::new(&config, Device::cpu(0).unwrap(), true);
-    let mut gpu = Run::new(&config, emulated(Precision::Bf16), true);
+    let mut gpu = Run::new(&config, on_gpu(Precision::Bf16), true);
     let (planned, vals, params) = plan_of(&config, IMAGES, true, Target::Cuda(Precision::Bf16)).unwrap();
     let mut plain = Plain::new(&planned.graph);
     plain.write(vals_data(&planned.graph), &pixels());
@@ -185,7 +185,7 @@ fn every_way_to_run_a_step_gives_the_same_bits() {
     };
     for precision in [Precision::F32, Precision::Bf16] {
         let bits = |config: &Config, reuse: bool, graph: bool| {
-            let mut run = Run::new(config, emulated(precision), reuse);
+            let mut run = Run::new(config, on_gpu(precision), reuse);
             if graph {
                 run.device.capture(run.id).unwrap();
             }
@@ -206,7 +206,7 @@ fn every_way_to_run_a_step_gives_the_same_bits() {
 #[test]
 fn a_step_moves_what_its_plan_declares() {
     for precision in [Precision::F32, Precision::Bf16] {
-        let mut run = Run::new(&config(), emulated(precision), true);
+        let mut run = Run::new(&config(), Device::emulated().unwrap().with_precision(precision), true);
         run.step();
         run.write();
         let driver = cuda(&mut run.device).driver().clone();

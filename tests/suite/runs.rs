@@ -2,6 +2,8 @@
 //! small.
 
 #[cfg(feature = "emulator")]
+use crate::device::{gpu, on_a_gpu};
+#[cfg(feature = "emulator")]
 use crate::train::config;
 use crate::train::{assert_same, busy, images};
 use iddpm::checkpoint::{self, Checkpoint};
@@ -16,18 +18,19 @@ use iddpm::graph::{DType, Graph, Region, Shape};
 use iddpm::nll::{Evaluated, Nll, NllSettings};
 use iddpm::ops::grad_norm::GradNorm;
 #[cfg(feature = "emulator")]
-#[cfg(feature = "emulator")]
 use iddpm::sampler::{self, Pictures, SampleSettings, Sampler};
 use iddpm::train::log::Meter;
 use iddpm::train::{Trainer, slots};
 #[cfg(feature = "emulator")]
 use iddpm::unet::Params;
 
-/// The processor, and the CUDA kernels in both precisions on an emulated GPU that is `lag` marks behind its host.
+/// The processor, and the CUDA kernels in both precisions: on a GPU if one is asked for, else on an emulated one that is `lag`
+/// marks behind its host.
 #[cfg(feature = "emulator")]
 fn devices(lag: u64) -> Vec<(&'static str, Device)> {
-    let with = |precision| emulated(lag).with_precision(precision);
-    let gpus = [("emulated, bf16", with(Precision::Bf16)), ("emulated, f32", with(Precision::F32))];
+    let open = || if on_a_gpu() { gpu() } else { emulated(lag) };
+    let with = |precision| open().with_precision(precision);
+    let gpus = [("bf16", with(Precision::Bf16)), ("f32", with(Precision::F32))];
     [("processor", Device::cpu(2).unwrap())].into_iter().chain(gpus).collect()
 }
 

@@ -1,34 +1,25 @@
 //! The real driver: CUDA's driver API, opened at run time through cudarc.
 //!
 //! Only `libcuda` is needed, and only when a GPU is asked for. cudarc panics where that library is absent, so
-//! [`super::cuda_present`] is asked first, once. Modules are loaded from the embedded fatbins when a kernel of theirs is first used.
+//! [`super::cuda_present`] is asked first, once.
 
-use std::collections::HashMap;
-use std::ffi::CString;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::{CudaContext, CudaStream, sys};
 use sys::CUdevice_attribute as DeviceAttribute;
-use sys::CUfunction_attribute as FunctionAttribute;
 
-use super::cuda_error::{NEEDED_DRIVER, arch_list, describe, driver_version, is_sticky, plain};
-
-use super::{DeviceInfo, FunctionInfo, Launch, MODULES, Packed, Ptr};
+use super::cuda_error::{NEEDED_DRIVER, describe, driver_version, is_sticky, plain};
+use super::cuda_modules::Gpu;
+use super::cuda_staging::Staging;
+use super::{DeviceInfo, Launch, MODULES, Packed, Ptr};
 use crate::error::{Error, Result};
 
-/// A loaded kernel.
-#[derive(Clone, Copy)]
-struct Function {
-    handle: sys::CUfunction,
-    /// Dynamic shared memory that launches may ask for without another attribute call.
-    shared_bytes: u32,
-}
+/// Memory that is left for loaded kernels, graphs and the rounding of allocations, which no plan counts.
+const RESERVE: usize = 128 << 20;
 
 /// What changes while the driver is used.
 pub(super) struct State {
-    modules: HashMap<&'static str, sys::CUmodule>,
-    functions: HashMap<String, Function>,
     step: String,
     pub(super) mode: Mode,
     /// The first error after which the context is lost.
@@ -48,13 +39,14 @@ pub(super) enum Mode {
 
 /// What [`super::Driver::Cuda`] holds.
 pub struct CudaDriver {
+    pub(super) gpu: Arc<Gpu>,
     pub(super) context: Arc<CudaContext>,
     pub(super) stream: Arc<CudaStream>,
     /// Copies beside the work.
     pub(super) copies: Arc<CudaStream>,
     state: Mutex<State>,
+    pub(super) staging: Mutex<Staging>,
     pub(super) sync_each: bool,
-    compute_capability: (i32, i32),
 }
 
 // SAFETY: the handles may be used from any thread once the context is bound to it, which every call does first.
@@ -88,21 +80,13 @@ impl CudaDriver {
                  hides others); name another, or use --device cpu"
             ));
         }
-        let context = CudaContext::new(ordinal).map_err(|e| plain("opening the GPU", e))?;
-        // SAFETY: one stream of our own orders everything, so cudarc's hidden events would only disturb graph captures.
-        unsafe { context.disable_event_tracking() };
+        let gpu = Gpu::open(ordinal)?;
+        let context = gpu.context.clone();
         let stream = context.new_stream().map_err(|e| plain("making a stream", e))?;
         let copies = context.new_stream().map_err(|e| plain("making a stream for copies", e))?;
-        let compute_capability = context.compute_capability().map_err(|e| plain("asking the GPU's architecture", e))?;
-        let state = State {
-            modules: HashMap::new(),
-            functions: HashMap::new(),
-            step: String::new(),
-            mode: Mode::Run,
-            lost: None,
-        };
-        let sync_each = super::sync_wanted();
-        Ok(CudaDriver { context, stream, copies, state: Mutex::new(state), sync_each, compute_capability })
+        let state = State { step: String::new(), mode: Mode::Run, lost: None };
+        let (state, staging) = (Mutex::new(state), Mutex::new(Staging::EMPTY));
+        Ok(CudaDriver { gpu, context, stream, copies, state, staging, sync_each: super::sync_wanted() })
     }
 
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
@@ -142,82 +126,23 @@ impl CudaDriver {
         let (free_bytes, total_bytes) = self.check("asking the GPU's memory", result::mem_get_info())?;
         Ok(DeviceInfo {
             name: self.check("asking the GPU's name", self.context.name())?,
-            compute_capability: self.compute_capability,
+            compute_capability: self.gpu.compute_capability,
             driver_version: driver_version()?,
             multiprocessors: attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
             l2_bytes: attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize,
             max_shared_bytes: attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?
                 as usize,
             total_bytes,
-            free_bytes,
+            free_bytes: free_bytes.saturating_sub(RESERVE),
         })
     }
 
     // ---- kernels ----
 
-    /// Finds kernel `name`, loading its module at first use.
-    fn function(&self, name: &str) -> Result<Function> {
-        if let Some(f) = self.state().functions.get(name) {
-            return Ok(*f);
-        }
-        let symbol =
-            CString::new(name).map_err(|_| Error::Device(format!("kernel name {name:?} holds a zero byte")))?;
-        // A build of PTX alone has no list of kernels; then every module may hold it.
-        for module in MODULES.iter().filter(|m| m.kernels.is_empty() || m.kernels.contains(&name)) {
-            let loaded = self.module(module)?;
-            // SAFETY: the module is loaded and never unloaded.
-            let found = unsafe { result::module::get_function(loaded, symbol.clone()) };
-            if matches!(found, Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_FOUND))) {
-                continue;
-            }
-            let function = Function { handle: self.check(&format!("kernel {name}"), found)?, shared_bytes: 48 << 10 };
-            self.state().functions.insert(name.into(), function);
-            return Ok(function);
-        }
-        Err(Error::Device(format!("kernel {name:?} is not in this binary")))
-    }
-
-    fn module(&self, module: &'static super::Module) -> Result<sys::CUmodule> {
-        if let Some(m) = self.state().modules.get(module.file) {
-            return Ok(*m);
-        }
-        // SAFETY: the image is a fatbin that nvcc made, 16-byte aligned and alive for ever.
-        let loaded = unsafe { result::module::load_data(module.image.as_ptr().cast()) };
-        if let Err(DriverError(
-            sys::CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU
-            | sys::CUresult::CUDA_ERROR_INVALID_PTX
-            | sys::CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION,
-        )) = loaded
-        {
-            let (major, minor) = self.compute_capability;
-            return Err(Error::Device(format!(
-                "this binary holds kernels for {} and the GPU is sm_{major}{minor}: build again with \
-                 IDDPM_CUDA_ARCHS={major}{minor}, or use --device cpu",
-                arch_list()
-            )));
-        }
-        let loaded = self.check(&format!("loading the kernels of {}", module.file), loaded)?;
-        self.state().modules.insert(module.file, loaded);
-        Ok(loaded)
-    }
-
-    /// Lets launches of `name` ask for `bytes` of dynamic shared memory; above 48 KiB that must be said once.
-    fn allow_shared(&self, name: &str, function: Function, bytes: u32) -> Result<()> {
-        if bytes <= function.shared_bytes {
-            return Ok(());
-        }
-        let attribute = FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        // SAFETY: the function was found in a loaded module.
-        let set = unsafe { result::function::set_function_attribute(function.handle, attribute, bytes as i32) };
-        self.check(&format!("{name}: {bytes} bytes of dynamic shared memory"), set)?;
-        self.state().functions.insert(name.into(), Function { shared_bytes: bytes, ..function });
-        Ok(())
-    }
-
     pub(super) fn launch(&self, name: &str, launch: Launch, mut args: Packed) -> Result<()> {
         self.bind(name)?;
         let function = self.function(name)?;
-        self.allow_shared(name, function, launch.shared_bytes)?;
+        self.allow_shared(name, launch.shared_bytes)?;
         let mode = self.state().mode;
         if mode == Mode::Load {
             return Ok(());
@@ -254,24 +179,6 @@ impl CudaDriver {
             self.check(&what(), self.stream.synchronize())?;
         }
         Ok(())
-    }
-
-    pub(super) fn function_info(&self, name: &str) -> Result<Option<FunctionInfo>> {
-        self.bind(name)?;
-        let function = self.function(name)?;
-        let ask = |attribute| {
-            // SAFETY: the function was found in a loaded module.
-            let value = unsafe { result::function::get_function_attribute(function.handle, attribute) };
-            self.check(name, value).map(|v| v as u32)
-        };
-        Ok(Some(FunctionInfo {
-            registers: ask(FunctionAttribute::CU_FUNC_ATTRIBUTE_NUM_REGS)?,
-            local_bytes: ask(FunctionAttribute::CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES)?,
-            static_shared_bytes: ask(FunctionAttribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?,
-            max_dynamic_shared_bytes: ask(FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES)?,
-            max_threads: ask(FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK)?,
-            binary_version: ask(FunctionAttribute::CU_FUNC_ATTRIBUTE_BINARY_VERSION)?,
-        }))
     }
 
     // ---- memory ----
@@ -318,10 +225,15 @@ impl CudaDriver {
         Err(Error::Device(format!("{what} the host does not belong in a captured graph: do it before or after")))
     }
 
-    pub(super) fn write(&self, dst: Ptr, src: *const u8, bytes: usize) -> Result<()> {
+    /// Starts copying `bytes` bytes from `src`, which is page-locked and does not change before they are there.
+    pub(super) fn write_pinned(&self, dst: Ptr, src: *const u8, bytes: usize) -> Result<()> {
         self.refuse_in_capture("a copy from")?;
         self.bind("copying to the GPU")?;
-        // SAFETY: `src` holds `bytes` bytes; the driver stages pageable memory before it returns.
+        self.start_write(dst, src, bytes)
+    }
+
+    pub(super) fn start_write(&self, dst: Ptr, src: *const u8, bytes: usize) -> Result<()> {
+        // SAFETY: `src` holds `bytes` bytes, and the callers keep them until they are copied.
         let done = unsafe {
             let data = std::slice::from_raw_parts(src, bytes);
             result::memcpy_htod_async(dst.0, data, self.stream.cu_stream())

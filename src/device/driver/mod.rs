@@ -21,7 +21,9 @@ macro_rules! each {
 mod args;
 mod cuda;
 mod cuda_error;
+mod cuda_modules;
 mod cuda_objects;
+mod cuda_staging;
 mod cuda_stream;
 #[cfg(feature = "emulator")]
 mod emulated;
@@ -150,7 +152,7 @@ pub struct DeviceInfo {
     pub max_shared_bytes: usize,
     /// Memory of the device.
     pub total_bytes: usize,
-    /// Memory that is free now.
+    /// Memory that allocations can have now.
     pub free_bytes: usize,
 }
 
@@ -290,7 +292,11 @@ impl Driver {
     /// # Errors
     /// As [`Driver::write`].
     pub fn write_pinned(&self, dst: Ptr, data: &Pinned) -> Result<()> {
-        each!(self, d => d.write(dst, data.host, data.bytes))
+        match self {
+            Driver::Cuda(d) => d.write_pinned(dst, data.host, data.bytes),
+            #[cfg(feature = "emulator")]
+            Driver::Emulated(d) => d.write(dst, data.host, data.bytes),
+        }
     }
 
     /// Waits for the stream and copies from the device.

@@ -83,7 +83,7 @@ impl Event {
     /// Waits until the work before it has ended.
     ///
     /// # Errors
-    /// [`Error::Device`] when some of it failed.
+    /// `Error::Device` when some of it failed.
     pub fn wait(&self) -> Result<()> {
         match self {
             Event::Cuda(e) => e.wait(),
@@ -95,7 +95,7 @@ impl Event {
     /// Has the work before it ended?
     ///
     /// # Errors
-    /// [`Error::Device`] when some of it failed.
+    /// `Error::Device` when some of it failed.
     pub fn passed(&self) -> Result<bool> {
         match self {
             Event::Cuda(e) => e.passed(),
@@ -107,7 +107,7 @@ impl Event {
     /// Milliseconds of device time from `start` to this event; waits for it.
     ///
     /// # Errors
-    /// [`Error::Device`] when the work between them failed.
+    /// `Error::Device` when the work between them failed.
     pub fn elapsed_ms(&self, start: &Event) -> Result<f64> {
         match (self, start) {
             (Event::Cuda(end), Event::Cuda(start)) => end.elapsed_ms(start),

@@ -1,7 +1,7 @@
 //! Attention on CUDA: which kernel for which shape.
 //!
 //! bf16 heads of up to 192 channels, in eights, go through kernels that keep a head's rows in shared memory and its sums in registers,
-//! built for the widths [`WIDTHS`]; other bf16 heads and f32 through kernels that make the result slice by slice. The choice depends on
+//! built for the widths `WIDTHS`; other bf16 heads and f32 through kernels that make the result slice by slice. The choice depends on
 //! the shape alone, and so does the order of every sum.
 
 use super::{AttentionShape, QkvOrder};

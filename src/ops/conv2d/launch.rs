@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::graph::{ALIGN, DType, Graph, Val};
 use crate::ops::group_norm::Parts;
 
-/// Blocks that fill a large GPU once: tiles shrink and sums are split until there are as many.
+/// Blocks that fill a large GPU once: tiles shrink until there are as many; weight gradients are split into fewer than twice as many.
 pub const FULL: usize = 128;
 /// Most blocks along the pixels of a weight gradient.
 const MAX_SPLITS: usize = 128;
@@ -260,7 +260,8 @@ impl WeightPlan {
         let tiles_tap = tiles_a + s.cb.div_ceil(tile.2);
         let tiles_n = if flat { (taps * s.c()).div_ceil(tile.2) } else { taps * tiles_tap };
         let tiles = s.oc.div_ceil(tile.1) * tiles_n;
-        let splits = full.div_ceil(tiles).min(s.n * p.runs() / MIN_RUNS).clamp(1, MAX_SPLITS);
+        // Two blocks share a multiprocessor. One block too many would leave all others waiting for the few with three.
+        let splits = ((2 * full - 1) / tiles).min(s.n * p.runs() / MIN_RUNS).clamp(1, MAX_SPLITS);
         let parts = splits.div_ceil(s.n).min(p.runs());
         p.cut(s.n, parts, splits);
         let splits = p.splits();
@@ -311,4 +312,27 @@ pub fn backward_weight(
         d.launch(&format!("conv2d_row_sums_{}", t.suffix()), Launch::new(grid, [32, 8, 1]), args)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The levels of a network at batch 128: blocks for most of the places of a GPU, two to a multiprocessor, and never one too many.
+    #[test]
+    fn weight_gradients_fill_a_gpu_without_a_rest() {
+        for (side, c, oc, k) in [
+            (32, 128, 128, 3),
+            (32, 384, 128, 3),
+            (16, 256, 256, 3),
+            (16, 512, 256, 3),
+            (8, 256, 256, 3),
+            (16, 512, 256, 1),
+        ] {
+            let s = ConvShape { n: 128, h: side, w: side, ca: c, cb: 0, oc, k, stride: 1, upsample: false, pad: k / 2 };
+            let [tiles, splits, _] = WeightPlan::new(&s, Types { half: true, half_weights: true }, FULL).grid;
+            let blocks = tiles * splits;
+            assert!((3 * FULL / 2..2 * FULL).contains(&blocks), "{s:?}: {tiles} tiles in {splits} splits");
+        }
+    }
 }

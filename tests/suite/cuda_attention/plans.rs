@@ -1,6 +1,7 @@
 //! The ops in recorded plans: forward and gradient as the processor has them, and what is refused.
 
 use super::uniform;
+use crate::device::gpu;
 use half::bf16;
 use iddpm::autograd;
 use iddpm::device::{Device, Plan};
@@ -42,7 +43,7 @@ fn plans_follow_the_processor() {
     // f32: sums of tens of products in another order. bf16: operands are rounded already; p or ds, out in delta, and the result are
     // rounded by 2^-8 at most each.
     for (half, bound) in [(false, 1e-5), (true, 3.0 / 256.0)] {
-        for (got, want) in run(Device::emulated().unwrap(), half).iter().zip(&cpu) {
+        for (got, want) in run(gpu(), half).iter().zip(&cpu) {
             let norm = |x: &mut dyn Iterator<Item = f32>| x.map(|x| f64::from(x).powi(2)).sum::<f64>().sqrt();
             let off = norm(&mut got.iter().zip(want).map(|(g, w)| g - w)) / norm(&mut want.iter().copied());
             assert!(off <= bound, "half {half}: relative difference {off:e}, bound {bound:e}");
@@ -56,7 +57,7 @@ fn what_no_kernel_covers_is_refused_by_name() {
         let mut g = Graph::new();
         let qkv = g.fixed("qkv", shape, dtype, Region::Inputs);
         Attention::record(&mut g, qkv, 2, QkvOrder::Legacy);
-        Device::emulated().unwrap().bind(Plan::new(g, true)).unwrap_err().to_string()
+        gpu().bind(Plan::new(g, true)).unwrap_err().to_string()
     };
     for (dtype, shape, parts) in [
         (DType::Bf16, Shape::new(1, 4, 4, 48), ["attention", "Bf16", "s: 16", "--device cpu"]),

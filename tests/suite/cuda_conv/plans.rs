@@ -1,6 +1,7 @@
 //! The ops in recorded plans: a chain with every option and its gradients on the CPU and on CUDA; what is refused.
 
 use super::{rounded, uniform};
+use crate::device::gpu;
 use half::bf16;
 use iddpm::autograd;
 use iddpm::device::{Device, Plan};
@@ -116,7 +117,7 @@ fn a_chain_and_its_gradients_follow_the_processor() {
     // f32: sums of at most 400 products rounded in another order. bf16: 2^-8 for each of the nine rounded tensors on the longest
     // path, weights and activations, as a plain bf16 implementation has it; errors of the elements are independent.
     for (half, bound) in [(false, 1e-5), (true, 9f64.sqrt() / 256.0)] {
-        let got = chain(half).run(Device::emulated().unwrap());
+        let got = chain(half).run(gpu());
         for (i, (got, want)) in got.iter().zip(&cpu).enumerate() {
             let off = distance(got, want);
             assert!(off <= bound, "half {half}, value {i}: relative difference {off:e}, bound {bound:e}");
@@ -142,7 +143,7 @@ fn linear_layers_follow_the_processor() {
         let cpu = build(false).run(Device::cpu(1).unwrap());
         // One product of rounded factors and a rounded result: three roundings of 2^-8, the inputs being rounded already: two.
         for (half, bound) in [(false, 1e-6 * (4 + c.max(oc).max(n)) as f64), (true, 2.0 / 256.0)] {
-            let got = build(half).run(Device::emulated().unwrap());
+            let got = build(half).run(gpu());
             for (i, (got, want)) in got.iter().zip(&cpu).enumerate() {
                 let off = distance(got, want);
                 assert!(off <= bound, "{n}x{c} to {oc}, half {half}, value {i}: {off:e}, bound {bound:e}");
@@ -158,7 +159,7 @@ fn what_no_kernel_covers_is_refused_by_name() {
         let x = g.fixed("x", Shape::new(1, 4, 5, 8), x_type, Region::Inputs);
         let w = g.fixed("w", Shape::new(16, 3, 3, 8), w_type, Region::Inputs);
         Conv2d::record(&mut g, x.into(), w, None, ConvOptions::default());
-        Device::emulated().unwrap().bind(Plan::new(g, true)).unwrap_err().to_string()
+        gpu().bind(Plan::new(g, true)).unwrap_err().to_string()
     };
     for (x, w) in [(DType::Bf16, DType::F32), (DType::F32, DType::Bf16), (DType::U8, DType::F32)] {
         let message = refused(x, w);
@@ -171,6 +172,6 @@ fn what_no_kernel_covers_is_refused_by_name() {
     let w = g.fixed("w", Shape::rows(1, 1 << 31), DType::F32, Region::Inputs);
     let b = g.fixed("b", Shape::rows(1, 1), DType::F32, Region::Inputs);
     Linear::record(&mut g, x, w, b);
-    let message = Device::emulated().unwrap().bind(Plan::new(g, true)).unwrap_err().to_string();
+    let message = gpu().bind(Plan::new(g, true)).unwrap_err().to_string();
     assert!(message.contains("linear") && message.contains("2147483648"), "{message}");
 }

@@ -1,7 +1,7 @@
 //! Convolutions and the norm of their results: statistics from the epilogue, and the same from the norm's own kernel.
 
 use super::{largest, uniform};
-use crate::cuda_ops::{emulated, metered, read, round, same_bits, write};
+use crate::cuda_ops::{gpu, metered, read, round, same_bits, write};
 use iddpm::config::Precision;
 use iddpm::device::{Device, Plan, PlanId};
 use iddpm::graph::{DType, Graph, Region, Shape, Source, Target, Val};
@@ -91,7 +91,7 @@ fn sums_from_the_epilogue_change_nothing_but_roundings() {
                 let with = Chain::new(on_cuda(half), n, hw, channels, kind, mean);
                 let without = Chain::new(plain(half), n, hw, channels, kind, mean);
                 assert_eq!((with.sums().len(), without.sums().len()), (2, 0), "sums recorded");
-                let (got, want) = (with.run(emulated()), without.run(emulated()));
+                let (got, want) = (with.run(gpu()), without.run(gpu()));
                 for (i, (got, want)) in got.iter().zip(&want).enumerate() {
                     let rounding = if half && i == 0 { 1.0 / 128.0 } else { 0.0 };
                     for (got, want_one) in got.iter().zip(want) {
@@ -114,7 +114,7 @@ fn the_processor_runs_the_same_list() {
     for (hw, kind) in [([8, 8], 0), ([7, 5], 1), ([6, 10], 2)] {
         let mut on_cpu = Graph::new();
         on_cpu.epilogue_sums = true;
-        let [got, want] = [(on_cuda(false), emulated()), (on_cpu, Device::cpu(1).unwrap())].map(|(g, device)| {
+        let [got, want] = [(on_cuda(false), gpu()), (on_cpu, Device::cpu(1).unwrap())].map(|(g, device)| {
             let mut c = Chain::new(g, 3, hw, [40, 24], kind, 3.0);
             c.results.extend(c.sums());
             c.sums().into_iter().for_each(|v| c.g.keep(v));

@@ -1,7 +1,7 @@
 //! Residual blocks computed anew in the backward pass, with statistics from the epilogues of their convolutions.
 
 use super::uniform;
-use crate::cuda_ops::{CONTROL, emulated, write};
+use crate::cuda_ops::{CONTROL, gpu, write};
 use iddpm::autograd;
 use iddpm::config::{ModelConfig, Precision};
 use iddpm::device::{Device, Plan};
@@ -27,7 +27,7 @@ fn tiny() -> ModelConfig {
 /// The output and every gradient, on a device of this precision.
 fn gradients(precision: Precision, recompute: bool, reuse: bool) -> (Vec<u8>, Vec<f32>) {
     let (config, n) = (tiny(), 2);
-    let mut device = emulated().with_precision(precision);
+    let mut device = gpu().with_precision(precision);
     let (params, mut g) = (Params::new(&config), Graph::on(device.target()));
     let vals = params.declare(&mut g);
     let float = g.float();

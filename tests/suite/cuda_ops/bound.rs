@@ -132,7 +132,7 @@ impl Rig {
 
     /// The loss of each image to 1e-5, its gradient to 1e-5 of the larger of its two parts.
     fn check_loss(&self) {
-        let (device, id) = run(emulated(), &self.g, |d, id| self.write(d, id));
+        let (device, id) = run(gpu(), &self.g, |d, id| self.write(d, id));
         let terms = self.terms.map(|v| read(&device, id, v));
         let (d_out, channels) = (read(&device, id, self.d_out.unwrap()), self.batch.shape.c);
         let half = self.g[self.out].dtype == DType::Bf16;
@@ -205,7 +205,7 @@ impl Rig {
     }
 
     fn check_terms(&self, clipped: bool) {
-        let (device, id) = run(emulated(), &self.g, |d, id| self.write(d, id));
+        let (device, id) = run(gpu(), &self.g, |d, id| self.write(d, id));
         let terms = self.terms.map(|v| read(&device, id, v));
         self.each(|n, c, [x_0, eps, out]| {
             let want = bound_terms(&self.objective, c, self.batch.shape.c, clip(clipped), x_0, eps, out);
@@ -277,6 +277,28 @@ fn vb_terms_match_the_specification() {
     }
 }
 
+/// What the network could not say is not clipped to something that it might have said.
+#[test]
+fn terms_of_an_output_that_is_no_number_are_none() {
+    for output in outputs() {
+        for half in [false, true] {
+            let objective = Objective { output, loss_type: LossType::Kl, ..HYBRID };
+            let r = rig(half, [5, 7, 3], objective, &processes()[2], Eps::Drawn, Some(true));
+            let (device, id) = run(gpu(), &r.g, |d, id| {
+                r.write(d, id);
+                let mut out = r.out();
+                let image = out.len() / 4;
+                out.iter_mut().step_by(image).for_each(|x| *x = f32::NAN);
+                write(d, id, r.out, &out);
+            });
+            for v in r.terms {
+                let terms = read(&device, id, v);
+                assert!(terms.iter().all(|x| x.is_nan()), "{output:?} half {half}: {terms:?}");
+            }
+        }
+    }
+}
+
 const HYBRID: Objective = Objective {
     output: Output { mean_type: MeanType::Epsilon, var_type: VarType::LearnedRange },
     loss_type: LossType::RescaledMse,
@@ -321,7 +343,7 @@ fn vb_terms_move_what_they_must() {
 fn gradients_match_central_differences() {
     let objective = Objective { loss_type: LossType::Kl, ..HYBRID };
     let r = rig(false, [2, 2, 1], objective, &processes()[2], Eps::Drawn, None);
-    let (mut device, id) = run(emulated(), &r.g, |d, id| r.write(d, id));
+    let (mut device, id) = run(gpu(), &r.g, |d, id| r.write(d, id));
     // Every variance near the posterior's and every mean a little off: a smooth function.
     let base: Vec<f32> = r.batch.eps(Noise::Drawn).iter().flat_map(|&e| [e + 0.05, 0.2]).collect();
     let total = |out: &[f32], device: &mut Device| -> f64 {

@@ -4,5 +4,5 @@ use super::*;
 
 #[test]
 fn kernels_match_the_golden_vectors() {
-    crate::golden::check_ops(&emulated);
+    crate::golden::check_ops(&gpu);
 }

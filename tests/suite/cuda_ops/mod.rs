@@ -1,4 +1,4 @@
-//! The diffusion and optimiser kernels on the emulated GPU, against their specification on the processor and the golden vectors.
+//! The diffusion and optimiser kernels on a GPU or its emulation, against their specification on the processor and the golden vectors.
 //!
 //! Kernels are held against the f64 functions of `iddpm::diffusion` and `iddpm::timestep`, over odd and real sizes, in f32 and in bf16
 //! (of which the specification gets the rounded inputs); run again, on other grids and under the emulator's schedules for the same
@@ -11,6 +11,7 @@ mod sampling;
 mod steer;
 mod timestep;
 
+pub use crate::device::gpu;
 use half::bf16;
 use iddpm::config::{MeanType, Schedule, VarType};
 use iddpm::device::driver::{LaunchTraffic, Schedule as Play};
@@ -41,15 +42,11 @@ pub fn processes() -> [Arc<Process>; 3] {
 /// Odd sizes, one pixel, more than one tile: (h, w, c).
 pub const SIZES: [[usize; 3]; 5] = [[1, 1, 1], [5, 7, 3], [3, 3, 5], [33, 31, 3], [48, 64, 1]];
 
-pub fn emulated() -> Device {
-    Device::emulated().unwrap()
-}
-
-/// The device behind `device`, which is the emulated one.
+/// The device behind `device`, which is no processor.
 pub fn cuda(device: &mut Device) -> &mut iddpm::device::cuda::Cuda {
     match device {
         Device::Cuda(d) => d,
-        Device::Cpu(_) => panic!("not the emulated device"),
+        Device::Cpu(_) => panic!("the processor"),
     }
 }
 
@@ -102,7 +99,7 @@ pub struct Batch {
 
 const STORED: usize = 7;
 pub const CONTROL: Control =
-    Control { seed: 0x1234_5678_9abc, step: 11, t: 0, lr: 0.0, bias1: 0.0, bias2: 0.0, reserved: [0; 9] };
+    Control { seed: 0x1234_5678_9abc, step: 11, t: 0, lr: 0.0, bias1: 0.0, bias2: 0.0, first: 40, reserved: [0; 8] };
 
 impl Batch {
     /// A batch with one image for each of `t`.
@@ -164,7 +161,7 @@ impl Batch {
         let mut eps = vec![0.0; self.shape.len()];
         for (n, eps) in eps.chunks_exact_mut(self.size()).enumerate() {
             let (image, step, op) = match noise {
-                Noise::PerImage => (self.index(n) as u32, self.t_values[n] as u32, rng::op::NLL),
+                Noise::PerImage => (CONTROL.first + self.index(n) as u32, self.t_values[n] as u32, rng::op::NLL),
                 _ => (self.images.first_image + n as u32, CONTROL.step, rng::op::Q_SAMPLE),
             };
             rng::fill_normal(eps, CONTROL.seed, image, step, op);
@@ -192,7 +189,7 @@ pub fn same_bits(g: &Graph, outputs: &[Val], write: impl Fn(&mut Device, PlanId)
     let bits = |device: &Device, id| -> Vec<Vec<u32>> {
         outputs.iter().map(|&v| read(device, id, v).iter().map(|x| x.to_bits()).collect()).collect()
     };
-    let mut device = emulated();
+    let mut device = gpu();
     let id = device.bind(Plan::new(g.clone(), true)).unwrap();
     write(&mut device, id);
     device.run(id).unwrap();
@@ -207,7 +204,8 @@ pub fn same_bits(g: &Graph, outputs: &[Val], write: impl Fn(&mut Device, PlanId)
         cuda(&mut device).set_blocks(blocks);
         again(&format!("{blocks} blocks"), &mut device);
     }
-    for play in Play::sweep() {
+    let plays = if device.is_emulated() { Play::sweep() } else { Vec::new() };
+    for play in plays {
         cuda(&mut device).driver().emulator().unwrap().set_schedule(play);
         again(&format!("{play:?}"), &mut device);
     }
@@ -216,9 +214,9 @@ pub fn same_bits(g: &Graph, outputs: &[Val], write: impl Fn(&mut Device, PlanId)
     again("as a graph, again", &mut device);
 }
 
-/// Runs the plan under the traffic meter: each launch, and the bytes moved by all.
+/// Runs the plan under the emulator's traffic meter: each launch, and the bytes moved by all.
 pub fn metered(g: &Graph, write: impl Fn(&mut Device, PlanId)) -> (Vec<LaunchTraffic>, f64) {
-    let mut device = emulated();
+    let mut device = Device::emulated().unwrap();
     let id = device.bind(Plan::new(g.clone(), true)).unwrap();
     write(&mut device, id);
     let driver = cuda(&mut device).driver().clone();
@@ -253,6 +251,6 @@ fn an_image_of_too_many_channels_is_refused() {
     let batch = Batch::record(&mut g, [2, 2, 300], &[0], false);
     let process = processes()[0].clone();
     iddpm::ops::q_sample::QSample::record(&mut g, batch.images, batch.t, Noise::Drawn, process);
-    let message = emulated().bind(Plan::new(g, true)).unwrap_err().to_string();
+    let message = gpu().bind(Plan::new(g, true)).unwrap_err().to_string();
     assert!(message.contains("QSample") && message.contains("300") && message.contains("256"), "{message}");
 }

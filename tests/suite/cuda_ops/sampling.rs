@@ -45,7 +45,7 @@ fn q_sample_matches_the_specification() {
             for noise in [Noise::Drawn, Noise::PerImage] {
                 for (half, store) in [(false, false), (false, true), (true, false), (true, true)] {
                     let (g, batch, vals) = noising(half, size, &process, noise, store);
-                    let (device, id) = run(emulated(), &g, |d, id| batch.write(d, id));
+                    let (device, id) = run(gpu(), &g, |d, id| batch.write(d, id));
                     let eps = if half && store { round(&batch.eps(noise)) } else { batch.eps(noise) };
                     // Normals are the same operations in the same order: the same bits.
                     assert!(!store || read(&device, id, vals[1]) == eps, "{size:?} {noise:?} half {half}");
@@ -67,7 +67,7 @@ fn q_sample_reads_given_noise() {
             let x_t = QSample::record(&mut g, batch.images.clone(), batch.t, Noise::Stored(eps), process.clone());
             g.keep(x_t);
             let given = round(&normals(batch.shape.len(), 4));
-            let (device, id) = run(emulated(), &g, |d, id| {
+            let (device, id) = run(gpu(), &g, |d, id| {
                 batch.write(d, id);
                 write(d, id, eps, &given);
             });
@@ -198,7 +198,7 @@ impl Step {
     }
 
     fn check(&self, t: usize) {
-        let (device, id) = run(emulated(), &self.g, |d, id| self.write(t, d, id));
+        let (device, id) = run(gpu(), &self.g, |d, id| self.write(t, d, id));
         let x = read(&device, id, self.op.x);
         let x_0 = self.op.x_0.map(|v| read(&device, id, v));
         let what = format!(
@@ -248,6 +248,24 @@ fn p_sample_matches_the_specification() {
                     }
                 }
             }
+        }
+    }
+}
+
+/// A prediction that is no number is not clipped to one: it is seen in the picture and in x_0.
+#[test]
+fn steps_keep_what_is_no_number() {
+    for (output, reverse) in outputs().zip(REVERSES.into_iter().cycle()) {
+        let step = reverse_step(false, [5, 7, 3], &processes()[2], output, reverse, true);
+        let (device, id) = run(gpu(), &step.g, |d, id| {
+            step.write(7, d, id);
+            let mut out = step.out();
+            out[0] = f32::NAN;
+            write(d, id, step.op.out, &out);
+        });
+        for v in [Some(step.op.x), step.op.x_0].into_iter().flatten() {
+            let x = read(&device, id, v);
+            assert!(x[0].is_nan() && x[1..].iter().all(|x| x.is_finite()), "{output:?} {reverse:?}");
         }
     }
 }

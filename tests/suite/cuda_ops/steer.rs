@@ -1,4 +1,4 @@
-//! Guidance and dynamic thresholds on the emulated device, against the ops on the processor.
+//! Guidance and dynamic thresholds on a GPU, against the ops on the processor.
 
 use super::*;
 use iddpm::diffusion::steer;
@@ -74,7 +74,7 @@ fn guided_steps_match_the_processor() {
             let size = SIZES[(k + j) % 4];
             let there = |half| {
                 let s = steered(half, size, process, output, reverse, Some(weight), None);
-                let (device, id) = run(emulated(), &s.g, |d, id| s.write(t, d, id));
+                let (device, id) = run(gpu(), &s.g, |d, id| s.write(t, d, id));
                 let x = read(&device, id, s.op.x);
                 assert_eq!(x[..x.len() / 2], x[x.len() / 2..], "{output:?} {reverse:?}");
                 assert!(s.op.copy.is_none_or(|copy| read(&device, id, copy) == round(&x)));
@@ -108,7 +108,7 @@ fn thresholds_are_those_of_sorting() {
                 let output = Output { mean_type: MeanType::XStart, var_type };
                 let half = k % 2 == 1;
                 let s = steered(half, size, process, output, Reverse::Ddim(0.0), guidance, Some(quantile));
-                let (device, id) = run(emulated(), &s.g, |d, id| s.write(7, d, id));
+                let (device, id) = run(gpu(), &s.g, |d, id| s.write(7, d, id));
                 let s_here = steered(false, size, process, output, Reverse::Ddim(0.0), guidance, Some(quantile));
                 let (here, here_id) = run(Device::cpu(1).unwrap(), &s_here.g, |d, id| s_here.write(7, d, id));
                 let got = s.thresholds(&device, id);
@@ -144,7 +144,7 @@ fn thresholded_steps_match_the_processor() {
             for t in steps_of(&process) {
                 let output = Output { mean_type, var_type: VarType::LearnedRange };
                 let s = steered(false, [33, 31, 3], &process, output, Reverse::Ancestral, None, Some(0.995));
-                let (there, id) = run(emulated(), &s.g, |d, id| s.write(t, d, id));
+                let (there, id) = run(gpu(), &s.g, |d, id| s.write(t, d, id));
                 let (here, here_id) = run(Device::cpu(1).unwrap(), &s.g, |d, id| s.write(t, d, id));
                 let close = |a: &[f32], b: &[f32], what: &str| {
                     // x_0 is good to 3e-7 of itself, and so is the quantile; a step is a sum of three such numbers.

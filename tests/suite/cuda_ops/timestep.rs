@@ -19,7 +19,7 @@ fn timestep_dist_draws_the_specified_integers() {
         let control = g.fixed("control", Shape::rows(1, 16), DType::I32, Region::Inputs);
         let loss = g.fixed("loss", Shape::rows(n, 1), DType::F32, Region::State);
         let step = Step::record(&mut g, sampler, loss, control, process.clone(), true);
-        let mut device = emulated();
+        let mut device = gpu();
         let id = device.bind(Plan::new(g, true)).unwrap();
         let (mut plain, mut t, mut losses, mut weighted) = (TimestepDist::new(sampler, steps), vec![], vec![], false);
         for k in 0..runs {

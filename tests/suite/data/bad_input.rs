@@ -59,16 +59,16 @@ fn truncated_images_are_named() {
 #[test]
 fn mixed_sizes_and_channels_name_two_files_and_the_remedy() {
     let folder = folder_of(&[("a.png", [8, 8, 3]), ("b.png", [8, 8, 3]), ("c.png", [9, 10, 3])]);
-    holds(&error(&DataSpec::new(folder.path())), &["a.png is 8x8", "c.png is 10x9", "image size"]);
+    holds(&error(&DataSpec::new(folder.path())), &["a.png is 8x8", "c.png is 10x9", "--image-size"]);
     assert!(data::open(&DataSpec { image_size: Some(8), ..DataSpec::new(folder.path()) }).is_ok());
     let folder = folder_of(&[("a.png", [8, 8, 3]), ("b.png", [8, 8, 1])]);
-    holds(&error(&DataSpec::new(folder.path())), &["a.png is colour", "b.png is grey", "channels"]);
+    holds(&error(&DataSpec::new(folder.path())), &["a.png is colour", "b.png is grey", "--channels"]);
     for channels in [1, 3] {
         let set = data::open(&DataSpec { channels: Some(channels), ..DataSpec::new(folder.path()) }).unwrap();
         assert_eq!(set.c, channels);
     }
     let folder = folder_of(&[("a.png", [6, 8, 1])]);
-    holds(&error(&DataSpec::new(folder.path())), &["a.png", "8x6", "square", "image size"]);
+    holds(&error(&DataSpec::new(folder.path())), &["a.png", "8x6", "square", "--image-size"]);
 }
 
 #[test]

@@ -175,7 +175,7 @@ fn the_kernel_takes_the_same_walks() {
         for mean_type in [MeanType::Epsilon, MeanType::V] {
             let process = respaced(Schedule::Cosine, 1000, "12");
             let here = walk(cpu(), reverse, mean_type, &process, &STARTS);
-            let there = walk(Device::emulated().unwrap(), reverse, mean_type, &process, &STARTS);
+            let there = walk(crate::device::gpu(), reverse, mean_type, &process, &STARTS);
             for (pass, (a, b)) in here.iter().zip(&there).enumerate() {
                 for (a, b) in a.concat().iter().zip(b.concat()) {
                     // 1e-6 of the terms of each step (cuda_ops), which at the ends of the process are some tens.

@@ -1,7 +1,8 @@
-//! Launches, memory, graphs and refusals on the emulator.
+//! Launches, memory and graphs on the emulator, or the GPU that is asked for; refusals on the emulator.
 
 use std::sync::Barrier;
 
+use crate::device::driver;
 use iddpm::args;
 use iddpm::device::driver::{Driver, Launch, Order, Ptr, Schedule};
 
@@ -25,7 +26,7 @@ fn copy_moves_every_word() {
 
 #[test]
 fn fills_copies_and_pinned_memory_keep_the_bytes() {
-    let d = Driver::emulated().unwrap();
+    let d = driver();
     let data = integers(1000, 1 << 20);
     let (a, b) = (upload(&d, &data), d.alloc_zeroed(4000).unwrap());
     assert_eq!(download::<i32>(&d, &b, 1000), vec![0; 1000]);
@@ -43,10 +44,29 @@ fn fills_copies_and_pinned_memory_keep_the_bytes() {
     d.write_pinned(a.ptr(), &pinned).unwrap();
 }
 
+/// What is written is what the source held at the call, in small pieces and large, however far the device is behind.
+#[test]
+fn a_source_may_change_when_its_write_returns() {
+    for (on, d) in drivers() {
+        for (n, writes) in [(1usize, 100u32), (1000, 100), (100_000, 5)] {
+            let all = d.alloc_zeroed(4 * n * writes as usize).unwrap();
+            let mut source = vec![0u32; n];
+            for k in 0..writes {
+                source.fill(k + 1);
+                d.write(all.ptr().offset(4 * n * k as usize), &source).unwrap();
+            }
+            source.fill(0);
+            let got = download::<u32>(&d, &all, n * writes as usize);
+            let wrong = got.iter().enumerate().find(|&(i, &x)| x != (i / n) as u32 + 1);
+            assert!(wrong.is_none(), "{writes} writes of {n} on {on}: {wrong:?}");
+        }
+    }
+}
+
 /// A captured graph runs nothing while it is recorded, and gives the same bits as the launches it holds.
 #[test]
 fn graphs_replay_what_was_recorded() {
-    let d = Driver::emulated().unwrap();
+    let d = driver();
     let n = 777usize;
     let data: Vec<u32> = (0..4 * n as u32).map(|i| i.wrapping_mul(2_654_435_761)).collect();
     let (a, b, c) = (upload(&d, &data), d.alloc_zeroed(16 * n).unwrap(), d.alloc_zeroed(16 * n).unwrap());

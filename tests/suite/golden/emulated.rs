@@ -1,26 +1,26 @@
-//! Part of the golden suite on the emulated GPU, always: layers, residual blocks, attention, a whole network with every gradient,
+//! Part of the golden suite on a GPU or its emulation, always: layers, residual blocks, attention, a whole network with every gradient,
 //! losses, the optimiser and walks, in f32 at the tolerances of the index; the network in bf16 within twice the error of a plain
 //! implementation.
 
 use super::tensors::load;
 use super::unet::{UnetRun, model_config};
 use super::{Folder, carried_folder, check_ops, folder, pieces, training, unet};
-use crate::cuda_ops::read;
+use crate::cuda_ops::{gpu, read};
 use crate::half::{Plain, distance};
 use iddpm::config::Precision;
 use iddpm::device::Device;
 use iddpm::graph::{Region, Target};
 use iddpm::unet::Params;
 
-fn emulated(precision: Precision) -> Device {
-    Device::emulated().unwrap().with_precision(precision)
+fn on_gpu(precision: Precision) -> Device {
+    gpu().with_precision(precision)
 }
 
 fn plain_f32() -> Device {
-    emulated(Precision::F32)
+    on_gpu(Precision::F32)
 }
 
-/// Checks the carried files of one kind on the emulated device.
+/// Checks the carried files of one kind there.
 fn check(kind: &str, check: impl Fn(&super::VectorFile)) {
     let folder = Folder::open(&carried_folder());
     for name in folder.vector_files().filter(|name| name.starts_with(kind)) {
@@ -74,7 +74,7 @@ fn a_network_in_bf16_is_as_good_as_a_plain_implementation() {
         let mut cpu = Device::cpu(0).unwrap();
         let (exact_id, exact_grads) = exact.run(&mut cpu, &weights);
         let run = UnetRun::record(&file, &config, &params, Target::Cuda(Precision::Bf16));
-        let mut device = emulated(Precision::Bf16);
+        let mut device = on_gpu(Precision::Bf16);
         let (id, grads) = run.run(&mut device, &weights);
         let mut plain = Plain::new(&run.g);
         plain.write_region(Region::Params, &weights);
