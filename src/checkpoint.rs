@@ -15,7 +15,7 @@
 mod damage;
 mod folder;
 
-pub use folder::{file_name, find, list, prune, replace};
+pub use folder::{clear, file_name, find, list, prune, replace};
 
 use crate::config::Config;
 use crate::error::{Error, Result};

@@ -117,7 +117,18 @@ impl<'a> Images<'a> {
     /// [`Error::Io`] when the folder cannot be made or written.
     pub fn write_each(&self, folder: &Path, first: usize) -> Result<()> {
         std::fs::create_dir_all(folder).map_err(Error::io(folder, "create"))?;
-        (0..self.n()).try_for_each(|i| self.image(i).write_png(&folder.join(format!("{:06}.png", first + i))))
+        (0..self.n()).try_for_each(|i| self.image(i).write_png(&folder.join(numbered(first + i))))
+    }
+
+    /// [`Images::write_each`] from 0 on, as all that the folder holds: images that follow, of an earlier and longer run, are removed.
+    /// Returns how many.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the folder cannot be made or written.
+    pub fn write_all(&self, folder: &Path) -> Result<usize> {
+        self.write_each(folder, 0)?;
+        let later = (self.n()..).map(|i| folder.join(numbered(i)));
+        Ok(later.take_while(|path| std::fs::remove_file(path).is_ok()).count())
     }
 
     /// Writes the only image as a PNG.
@@ -137,6 +148,14 @@ impl<'a> Images<'a> {
     }
 }
 
+/// The file of image i.
+fn numbered(i: usize) -> String {
+    format!("{i:06}.png")
+}
+
+/// Beginning of the name of a file that is being written.
+pub const TEMPORARY: &str = ".iddpm-";
+
 /// Lets `fill` write a temporary file beside `path` and renames it to `path` when it is complete; on failure nothing
 /// remains and an older file stays as it was. It does not wait for the disk.
 ///
@@ -146,7 +165,7 @@ pub fn atomically(path: &Path, fill: impl FnOnce(&mut File) -> std::io::Result<(
     let write = || {
         let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let mut builder = tempfile::Builder::new();
-        builder.prefix(".iddpm-");
+        builder.prefix(TEMPORARY);
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
         let mut file = builder.tempfile_in(folder)?;

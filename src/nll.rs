@@ -79,6 +79,20 @@ struct Vals {
     terms: [Val; 3],
 }
 
+/// Terms of one image at one t: vb in bits/dim, squared errors of x_0 and of eps.
+pub type Terms = [f32; 3];
+
+/// How far an evaluation is, for progress bars and for keeping what is done.
+#[derive(Clone, Copy, Debug)]
+pub struct Evaluation<'a> {
+    /// The terms that came last, in order: all t of one image, then those of the next.
+    pub new: &'a [Terms],
+    /// Terms done, these included.
+    pub done: usize,
+    /// Terms of all images.
+    pub total: usize,
+}
+
 /// Images to evaluate: bytes (n, h, w, c), and classes where the model has them.
 #[derive(Clone, Copy, Debug)]
 pub struct Evaluated<'a> {
@@ -135,12 +149,18 @@ impl Nll {
         self.resident
     }
 
+    /// Terms of all images.
+    pub fn terms(&self) -> usize {
+        self.images * self.process.steps()
+    }
+
     /// The bound plan, to choose its weights.
     pub fn id(&self) -> PlanId {
         self.id
     }
 
-    /// Evaluates every term of every image; `each` is told how many of all terms are done and may end the run.
+    /// Evaluates every term of every image but the first ones, which are `known`; `each` is told of those that are done and may end
+    /// the run.
     ///
     /// # Errors
     /// Labels that are missing or no class of the model.
@@ -148,7 +168,8 @@ impl Nll {
         &self,
         device: &mut Device,
         images: Evaluated,
-        each: &mut dyn FnMut(usize, usize) -> Result<()>,
+        known: &[Terms],
+        each: &mut dyn FnMut(Evaluation) -> Result<()>,
     ) -> Result<NllReport> {
         let n = self.images;
         self.check_labels(images, n)?;
@@ -162,11 +183,17 @@ impl Nll {
             eps_mse: vec![0.0; steps],
         };
         report.total_bpd.copy_from_slice(&report.prior_bpd);
+        assert!(known.len() <= self.terms(), "{} terms of {n} images are known", known.len());
+        self.add(&mut report, 0, known);
         let mut ring = Ring::new(device, self.id)?;
         for (part, pixels) in images.pixels.chunks(self.resident * self.image).enumerate() {
-            device.write_region(Region::Data, pixels)?;
             let first = part * self.resident * steps;
             let end = first + pixels.len() / self.image * steps;
+            if known.len() >= end {
+                continue;
+            }
+            device.write_region(Region::Data, pixels)?;
+            let first = first.max(known.len());
             for batch in (first..end).step_by(self.batch).map(|first| first..end.min(first + self.batch)) {
                 if ring.is_full() {
                     self.take(device, &mut ring, &mut report, each)?;
@@ -211,19 +238,25 @@ impl Nll {
         device: &Device,
         ring: &mut Ring<Range<usize>>,
         report: &mut NllReport,
-        each: &mut dyn FnMut(usize, usize) -> Result<()>,
+        each: &mut dyn FnMut(Evaluation) -> Result<()>,
     ) -> Result<()> {
         let Some((batch, page)) = ring.take(true)? else { return Ok(()) };
-        let (n, done) = (self.images, batch.end);
         let terms = self.vals.terms.map(|v| page.state::<f32>(&device.plan(self.id).graph, v));
-        for (slot, k) in batch.enumerate() {
-            let ((image, t), [vb, x_0_mse, eps_mse]) = (self.pair(k), terms.map(|x| f64::from(x[slot])));
+        let new: Vec<Terms> = (0..batch.len()).map(|slot| terms.map(|x| x[slot])).collect();
+        self.add(report, batch.start, &new);
+        each(Evaluation { new: &new, done: batch.end, total: self.terms() })
+    }
+
+    /// Adds the terms of the pairs from `first` on.
+    fn add(&self, report: &mut NllReport, first: usize, terms: &[Terms]) {
+        let n = self.images as f64;
+        for (k, terms) in (first..).zip(terms) {
+            let ((image, t), [vb, x_0_mse, eps_mse]) = (self.pair(k), terms.map(f64::from));
             report.total_bpd[image] += vb;
-            report.vb_bpd[t] += vb / n as f64;
-            report.x_0_mse[t] += x_0_mse / n as f64;
-            report.eps_mse[t] += eps_mse / n as f64;
+            report.vb_bpd[t] += vb / n;
+            report.x_0_mse[t] += x_0_mse / n;
+            report.eps_mse[t] += eps_mse / n;
         }
-        each(done, n * self.process.steps())
     }
 
     fn priors(&self, pixels: &[u8], n: usize) -> Vec<f64> {

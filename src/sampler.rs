@@ -94,6 +94,8 @@ pub struct Sampler {
 /// The pictures to make, one entry per picture.
 #[derive(Clone, Copy, Debug)]
 pub struct Pictures<'a> {
+    /// Position of the first among all that are made, if these are a part of them.
+    pub first: usize,
     /// Seed of each picture.
     pub seeds: &'a [u64],
     /// Class of each picture, if the model has classes.
@@ -174,6 +176,16 @@ impl Sampler {
         self.id
     }
 
+    /// Pictures made at the same time.
+    pub fn batch(&self) -> usize {
+        self.shape.n
+    }
+
+    /// Values of a picture.
+    pub fn picture(&self) -> usize {
+        self.shape.len() / self.shape.n
+    }
+
     /// Steps of the process.
     pub fn steps(&self) -> usize {
         self.process.steps()
@@ -214,7 +226,7 @@ impl Sampler {
         each: &mut dyn FnMut(&Walk) -> Result<()>,
     ) -> Result<Vec<f32>> {
         self.plain()?;
-        let (have, need) = (start.len(), pictures.seeds.len() * self.shape.len() / self.shape.n);
+        let (have, need) = (start.len(), pictures.seeds.len() * self.picture());
         if have != need {
             let n = pictures.seeds.len();
             return Err(Error::Config(format!("{n} pictures start from {need} values, {have} were given")));
@@ -230,7 +242,7 @@ impl Sampler {
         }
     }
 
-    /// Enlarges small images: as [`Self::run`], picture i from image i of `low_res`, over again if there are fewer.
+    /// Enlarges small images: as [`Self::run`], the picture at position i from image i of `low_res`, over again if there are fewer.
     ///
     /// # Errors
     /// Those of [`Self::run`]; a model that enlarges nothing, or small images of another size.
@@ -262,13 +274,14 @@ impl Sampler {
         let steps = self.steps();
         let total = pictures.seeds.len().div_ceil(self.shape.n) * steps;
         let mut flight = VecDeque::new();
-        let mut images = Vec::with_capacity(pictures.seeds.len() * self.shape.len() / self.shape.n);
+        let mut images = Vec::with_capacity(pictures.seeds.len() * self.picture());
         for (batch, seeds) in pictures.seeds.chunks(self.shape.n).enumerate() {
             let first = batch * self.shape.n;
             let labels = pictures.labels.map(|l| &l[first..first + seeds.len()]);
-            let size = self.shape.len() / self.shape.n;
+            let size = self.picture();
             let given = given.map(|x| &x[first * size..][..seeds.len() * size]);
-            self.begin(device, Pictures { seeds, labels }, given)?;
+            self.begin(device, Pictures { first, seeds, labels }, given)?;
+            let first = pictures.first + first;
             self.write_low_res(device, first, low_res)?;
             let mut done = batch * steps;
             for pass in &self.passes {
@@ -313,9 +326,14 @@ impl Sampler {
     }
 
     /// [`Self::start`] with x_T `given` or drawn; a batch that is not full is filled up with its last picture.
-    fn begin(&self, device: &mut Device, Pictures { seeds, labels }: Pictures, given: Option<&[f32]>) -> Result<()> {
+    fn begin(
+        &self,
+        device: &mut Device,
+        Pictures { seeds, labels, .. }: Pictures,
+        given: Option<&[f32]>,
+    ) -> Result<()> {
         let at = |n: usize| n.min(seeds.len() - 1);
-        let size = self.shape.len() / self.shape.n;
+        let size = self.picture();
         let mut x = vec![0.0; self.shape.len()];
         let mut words = Vec::with_capacity(2 * self.shape.n);
         for (n, x) in x.chunks_exact_mut(size).enumerate() {
@@ -343,7 +361,7 @@ impl Sampler {
     fn write_low_res(&self, device: &mut Device, first: usize, low_res: Option<&LowRes>) -> Result<()> {
         let (Some(v), Some(low_res)) = (self.vals.low_res, low_res) else { return Ok(()) };
         let mut all = vec![0.0; self.shape.len()];
-        for (n, out) in all.chunks_exact_mut(self.shape.len() / self.shape.n).enumerate() {
+        for (n, out) in all.chunks_exact_mut(self.picture()).enumerate() {
             low_res.enlarge((first + n) % low_res.len(), self.shape.h, out);
         }
         device.write_f32(self.id, v, &all.repeat(self.copies))
@@ -370,7 +388,7 @@ impl Sampler {
     fn read(&self, device: &Device, v: Val, pictures: usize) -> Result<Vec<f32>> {
         let mut all = vec![0.0; device.plan(self.id).graph.shape(v).len()];
         device.read(self.id, v, &mut all)?;
-        all.truncate(pictures * self.shape.len() / self.shape.n);
+        all.truncate(pictures * self.picture());
         Ok(all)
     }
 }

@@ -53,7 +53,7 @@ impl ReverseStep {
         let sampler = Sampler::new(&mut device, &config.model, &diffusion, &params, &settings)?;
         let seeds: Vec<u64> = (0..batch as u64).collect();
         let labels: Option<Vec<i32>> = config.model.num_classes.map(|n| (0..batch).map(|i| (i % n) as i32).collect());
-        sampler.start(&mut device, Pictures { seeds: &seeds, labels: labels.as_deref() })?;
+        sampler.start(&mut device, Pictures { first: 0, seeds: &seeds, labels: labels.as_deref() })?;
         device.capture(sampler.id())?;
         Ok(ReverseStep { device, memory, sampler, taken: 0 })
     }

@@ -1,6 +1,7 @@
 //! Checkpoints as files of a run's folder: their names, the newest, those too old, and how one is replaced.
 
 use crate::error::{Error, Result};
+use crate::grid;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -43,20 +44,27 @@ pub fn list(folder: &Path) -> Vec<(u64, PathBuf)> {
     found
 }
 
-/// Removes all but the newest `keep` checkpoints of `folder`, and what an earlier killed run left half-written.
+/// Removes what a killed run left half-written in `folder`: checkpoints, exported models, pictures.
+///
+/// # Errors
+/// [`Error::Io`] when a file cannot be removed.
+pub fn clear(folder: &Path) -> Result<()> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let half = |name: &str| [TEMPORARY, grid::TEMPORARY].iter().any(|beginning| name.starts_with(beginning));
+    let halves = entries.map(|e| e.path()).filter(|p| p.is_file());
+    for path in halves.filter(|p| p.file_name().is_some_and(|n| half(&n.to_string_lossy()))) {
+        std::fs::remove_file(&path).map_err(Error::io(&path, "remove"))?;
+    }
+    Ok(())
+}
+
+/// Removes all but the newest `keep` checkpoints of `folder`.
 ///
 /// # Errors
 /// [`Error::Io`] when a file cannot be removed.
 pub fn prune(folder: &Path, keep: usize) -> Result<()> {
-    let found = list(folder);
-    let old = found.iter().rev().skip(keep.max(1)).map(|(_, p)| p.clone());
-    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
-    let unfinished = format!("{TEMPORARY}checkpoint-");
-    let halves = entries.filter(|e| e.file_name().to_string_lossy().starts_with(&unfinished)).map(|e| e.path());
-    for path in old.chain(halves) {
-        std::fs::remove_file(&path).map_err(Error::io(&path, "remove"))?;
-    }
-    Ok(())
+    let mut old = list(folder).into_iter().rev().skip(keep.max(1));
+    old.try_for_each(|(_, path)| std::fs::remove_file(&path).map_err(Error::io(&path, "remove")))
 }
 
 /// The checkpoint that `path` means: the file itself, or the newest one of a folder.

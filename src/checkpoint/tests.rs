@@ -151,9 +151,13 @@ fn the_newest_are_kept() {
     for step in [10, 20, 100_000_000, 30] {
         std::fs::write(folder.path().join(file_name(step)), "").unwrap();
     }
-    std::fs::write(folder.path().join(format!(".saving-{}-x", file_name(40))), "").unwrap();
+    for half in [".saving-checkpoint-00000040.safetensors-x", ".saving-model000040.pt-x", ".iddpm-x"] {
+        std::fs::write(folder.path().join(half), "").unwrap();
+    }
     prune(folder.path(), 2).unwrap();
     assert_eq!(list(folder.path()).iter().map(|(s, _)| *s).collect::<Vec<_>>(), [30, 100_000_000]);
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 5);
+    clear(folder.path()).unwrap();
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
     assert!(find(folder.path()).unwrap().ends_with("checkpoint-100000000.safetensors"));
     assert!(find(&folder.path().join("none")).unwrap_err().to_string().contains("no such checkpoint"));

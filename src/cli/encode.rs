@@ -3,13 +3,14 @@
 use super::flags::{self, BOOL, ModelFlags};
 use super::images::DataFlags;
 use super::latents;
-use super::progress::Progress;
+use super::parts::Parts;
+use super::walks::Walks;
 use super::{Global, create_folder, open_model};
 use crate::data;
 use crate::diffusion::to_unit;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ops::p_sample::Reverse;
-use crate::sampler::{Pictures, SampleSettings, Sampler};
+use crate::sampler::{SampleSettings, Sampler};
 use crate::train::check_data;
 use clap::Args;
 use std::path::PathBuf;
@@ -81,28 +82,22 @@ pub fn main(a: &EncodeArgs, g: &Global) -> Result<()> {
 
     let labels = data.labels.as_deref().filter(|_| config.model.num_classes.is_some());
     let x: Vec<f32> = data.pixels.iter().map(|&b| to_unit(b)).collect();
-    let mut progress = Progress::new("steps");
-    let pictures = Pictures { seeds: &vec![0; data.n], labels };
-    let x = sampler.run_from(&mut model.device, pictures, &x, &mut |walk| {
-        progress.at(walk.done, walk.total);
-        Ok(())
-    })?;
-    let seconds = progress.finish();
-    println!("time      {seconds:.1} s, {:.2} images/s", data.n as f64 / seconds);
-    if let Some(bad) = x.iter().find(|x| !x.is_finite()) {
-        return Err(Error::NonFinite(format!(
-            "a latent holds {bad}: the weights are damaged, use an older checkpoint"
-        )));
-    }
-    let (mean, deviation) = moments(&x);
-    println!("latents   mean {mean:.3}, deviation {deviation:.3}; pictures are drawn from mean 0, deviation 1");
     let out = g.out.clone().unwrap_or_else(|| path.with_file_name("latents"));
     create_folder(&out)?;
+    let walks = Walks { n: data.n, seed: 0, labels, small: None, start: Some(&x) };
+    let (mut parts, mut x_t) = Parts::open::<f32>(&out, &model.key("encode", &process, &walks.key(&settings)))?;
+    let there = x_t.len() / sampler.picture();
+    walks.run(&mut model.device, &sampler, there, &mut |_| Ok(()), &mut |x| {
+        x_t.extend(x);
+        parts.append(x)
+    })?;
+    let (mean, deviation) = moments(&x_t);
+    println!("latents   mean {mean:.3}, deviation {deviation:.3}; pictures are drawn from mean 0, deviation 1");
     let [h, w, c] = [data.h, data.w, data.c];
     let file = out.join(format!("latents_{}x{h}x{w}x{c}.npz", data.n));
-    latents::write(&file, x, [h, w, c], labels)?;
+    latents::write(&file, x_t, [h, w, c], labels)?;
     println!("written   {}", file.display());
-    Ok(())
+    parts.remove()
 }
 
 /// Mean and standard deviation.

@@ -79,6 +79,11 @@ impl FrameFlags {
 }
 
 impl Trajectory<'_> {
+    /// Whether a strip or an animation is wanted.
+    pub fn is_wanted(&self) -> bool {
+        self.frames.is_some()
+    }
+
     /// Takes what the walk shows, if it belongs to a frame.
     ///
     /// # Errors

@@ -15,14 +15,17 @@ mod import;
 mod import_check;
 mod latents;
 mod nll;
+mod parts;
 mod plan;
 mod plot;
 mod progress;
 pub mod reference;
 mod sample;
 mod train;
+mod walks;
 
 use crate::checkpoint::{self, Checkpoint};
+use crate::config::DiffusionConfig;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::graph::Region;
@@ -93,18 +96,18 @@ enum Command {
     #[command(after_help = "Examples:\n  iddpm sample\n  iddpm sample --model-path runs/cifar --use-ddim \
         --timestep-respacing 50 --num-samples 16\n  iddpm sample --model-path runs/cond --labels 3,5 --guidance 3 --device cuda\n  iddpm \
         sample --strip strip.png --animation walk.gif --frame-of xt\n  iddpm sample --sampler dpm-solver++ \
-        --timestep-respacing logsnr20\n  iddpm sample --interpolate 3,8")]
+        --timestep-respacing logsnr20\n  iddpm sample --interpolate 3,8\nWhat is done is kept: ended at any moment, the same command goes on.")]
     Sample(Box<sample::SampleArgs>),
     /// Turn images into the noise that they come from
     #[command(
         after_help = "Examples:\n  iddpm encode --num-samples 10 --timestep-respacing 250\n  iddpm encode --model-path \
         runs/cifar --data-dir photos\nBack again:\n  iddpm sample --latents runs/digits/latents/latents_10x16x16x1.npz \
-        --timestep-respacing 250"
+        --timestep-respacing 250\nWhat is done is kept: ended at any moment, the same command goes on."
     )]
     Encode(Box<encode::EncodeArgs>),
     /// Measure bits/dim by the variational bound
     #[command(after_help = "Examples:\n  iddpm nll --num-samples 50\n  iddpm nll --model-path runs/cifar --data-dir \
-        cifar-10-batches-bin --split test --num-samples 200 --device cuda")]
+        cifar-10-batches-bin --split test --num-samples 200 --device cuda\nWhat is done is kept: ended at any moment, the same command goes on.")]
     Nll(Box<nll::NllArgs>),
     /// Print the recorded steps of training: shapes, bytes, FLOPs, places in memory
     #[command(
@@ -151,7 +154,7 @@ enum SuperResCommand {
     Train(Box<train::TrainArgs>),
     /// Enlarge small images
     #[command(after_help = "Example:\n  iddpm super-res sample --model-path runs/enlarge --base-samples \
-        samples_64x16x16x3.npz --timestep-respacing 250")]
+        samples_64x16x16x3.npz --timestep-respacing 250\nWhat is done is kept: ended at any moment, the same command goes on.")]
     Sample(Box<sample::SampleArgs>),
 }
 
@@ -263,6 +266,20 @@ pub(crate) struct Model {
     pub device: Device,
     /// Which weights those are, in words.
     pub weights: String,
+    /// Checksum of those weights.
+    checksum: u32,
+}
+
+impl Model {
+    /// All that the results of `command` over `process` depend on, for [`parts::Parts`]; `more` is what the command adds.
+    pub fn key(&self, command: &str, process: &DiffusionConfig, more: &str) -> String {
+        let device = match &self.device {
+            Device::Cpu(_) => "cpu".to_string(),
+            Device::Cuda(_) => self.device.describe(),
+        };
+        let (version, network) = (env!("CARGO_PKG_VERSION"), &self.checkpoint.progress.config.model);
+        format!("iddpm {version} {command}: {more}; weights {:08x}; {device}; {network:?}; {process:?}", self.checksum)
+    }
 }
 
 /// Opens the checkpoint at `path` (a file or a run's folder) with the moving average `rate`: the first of the
@@ -292,7 +309,8 @@ pub(crate) fn open_model(path: &Path, flags: &flags::ModelFlags, rate: Option<f6
     };
     let mut device = global.open_device()?;
     device.write_region(Region::Params, &flat)?;
-    Ok(Model { checkpoint, params, device, weights })
+    let checksum = crc32fast::hash(bytemuck::cast_slice(&flat));
+    Ok(Model { checkpoint, params, device, weights, checksum })
 }
 
 /// The command line's grammar: what clap derives, with the reference's booleans, and negative numbers as values.

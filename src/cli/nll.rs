@@ -2,11 +2,12 @@
 
 use super::flags::{self, BOOL, ModelFlags};
 use super::images::DataFlags;
+use super::parts::Parts;
 use super::progress::Progress;
 use super::{Global, create_folder, open_model, reference};
 use crate::data;
 use crate::error::{Error, Result};
-use crate::nll::{Evaluated, Nll, NllReport, NllSettings, mean_and_interval};
+use crate::nll::{Evaluated, Evaluation, Nll, NllReport, NllSettings, Terms, mean_and_interval};
 use crate::train::check_data;
 use clap::Args;
 use std::fmt::Write;
@@ -74,15 +75,23 @@ pub fn main(a: &NllArgs, g: &Global) -> Result<()> {
     let parts =
         if nll.resident() < data.n { format!(", {} at a time on the device", nll.resident()) } else { String::new() };
     println!("data      {}: {} of {} images{parts}", spec.path.display(), data.n, data.source.found);
-    let mut progress = Progress::new("terms");
-    let images = Evaluated { pixels: &data.pixels, labels: data.labels.as_deref() };
-    let report = nll.run(&mut model.device, images, &mut |done, all| {
-        progress.at(done, all);
-        Ok(())
-    })?;
-    progress.finish();
     let out = g.out.clone().unwrap_or_else(|| path.with_file_name("nll"));
     create_folder(&out)?;
+    let labels = data.labels.as_deref().unwrap_or_default();
+    let sums = [&data.pixels, bytemuck::cast_slice(labels)].map(crc32fast::hash);
+    let key = format!("{:?}, images and labels {sums:x?}", NllSettings { batch: 1, ..settings });
+    let key = model.key("nll", &process, &key);
+    let (mut parts, known) = Parts::open::<Terms>(&out, &key)?;
+    if !known.is_empty() {
+        println!("going on  {} of {} terms are there from a run that was ended", known.len(), nll.terms());
+    }
+    let mut progress = Progress::new("terms");
+    let images = Evaluated { pixels: &data.pixels, labels: data.labels.as_deref() };
+    let report = nll.run(&mut model.device, images, &known, &mut |e: Evaluation| {
+        progress.at(e.done, e.total);
+        parts.append(e.new)
+    })?;
+    progress.finish();
     let csv = out.join("nll.csv");
     std::fs::write(&csv, table(&report)).map_err(Error::io(&csv, "write"))?;
     print!("{}", summary(&report));
@@ -90,7 +99,7 @@ pub fn main(a: &NllArgs, g: &Global) -> Result<()> {
     if a.reference_files {
         reference::files::write_terms(&out, &report)?.iter().for_each(|path| println!("          {}", path.display()));
     }
-    Ok(())
+    parts.remove()
 }
 
 /// One line per t.

@@ -4,7 +4,8 @@ use super::flags::{self, BOOL, ModelFlags};
 use super::frames::FrameFlags;
 use super::images;
 use super::latents::{LatentFlags, Start};
-use super::progress::Progress;
+use super::parts::Parts;
+use super::walks::Walks;
 use super::{Global, create_folder, open_model};
 use crate::config::{Config, DataConfig};
 use crate::data::low_res::LowRes;
@@ -13,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::grid::{self, ToByte};
 use crate::npz::{self, Array};
 use crate::ops::p_sample::Reverse;
-use crate::sampler::{Pictures, SampleSettings, Sampler, Walk};
+use crate::sampler::{SampleSettings, Sampler};
 use clap::{Args, ValueEnum};
 use std::path::{Path, PathBuf};
 
@@ -123,6 +124,9 @@ pub fn main(a: &SampleArgs, g: &Global) -> Result<()> {
     a.advise(&process.timestep_respacing)?;
     let size = [config.model.image_size, config.model.image_size, config.model.in_channels];
     let (base, start) = (a.base(&config)?, a.latents.start(size, a.num_samples)?);
+    if let (Some(_), Some(_)) = (&base, &start) {
+        return Err(Error::Config("--base-samples and --latents or --interpolate: give one".into()));
+    }
     let n = start.as_ref().map_or(a.num_samples.unwrap_or(PICTURES) as usize, |s| s.pictures);
     let labels = a.labels(&config, base.as_ref(), start.as_ref(), n)?;
     settings.batch = settings.batch.min(n);
@@ -132,29 +136,29 @@ pub fn main(a: &SampleArgs, g: &Global) -> Result<()> {
     create_folder(&out)?;
     println!("model     {} (step {}, {})", path.display(), model.checkpoint.progress.step, model.weights);
     let (steps, calls) = (sampler.steps(), sampler.calls());
-    let work = if calls == steps { String::new() } else { format!(" ({calls} calls of the network)") };
-    println!("sampling  {n} pictures, {steps} {} steps{work}", a.kind()?.title());
+    let calls = if calls == steps { String::new() } else { format!(" ({calls} calls of the network)") };
+    println!("sampling  {n} pictures, {steps} {} steps{calls}", a.kind()?.title());
 
     let seed = g.seed.unwrap_or(0);
-    let seeds: Vec<u64> = (0..n as u64).map(|i| seed.wrapping_add(i)).collect();
-    let mut progress = Progress::new("steps");
-    let pictures = Pictures { seeds: &seeds, labels: labels.as_deref() };
-    let each = &mut |walk: &Walk| {
-        progress.at(walk.done, walk.total);
-        trajectory.take(walk)
-    };
-    let x = match (&base, &start) {
-        (Some(set), None) => sampler.enlarge(&mut model.device, pictures, &LowRes::exactly(set), each)?,
-        (None, Some(start)) => sampler.run_from(&mut model.device, pictures, &start.x, each)?,
-        (None, None) => sampler.run(&mut model.device, pictures, each)?,
-        (Some(_), Some(_)) => {
-            return Err(Error::Config("--base-samples and --latents or --interpolate: give one".into()));
-        }
-    };
-    let seconds = progress.finish();
-    println!("time      {seconds:.1} s, {:.2} pictures/s", n as f64 / seconds);
-    a.write(&out, &x, &config, labels.as_deref(), start.and_then(|s| s.columns))?;
-    trajectory.write()
+    let x_t = start.as_ref().map(|s| &s.x[..]);
+    let walks = Walks { n, seed, labels: labels.as_deref(), small: base.as_ref().map(LowRes::exactly), start: x_t };
+    let (mut parts, mut pixels) = Parts::open::<u8>(&out, &model.key("sample", &process, &walks.key(&settings)))?;
+    if trajectory.is_wanted() {
+        // The way of pictures that are there already would be missing.
+        parts.start_over()?;
+        pixels.clear();
+    }
+    let there = n.min(pixels.len() / sampler.picture());
+    pixels.truncate(there * sampler.picture());
+    walks.run(&mut model.device, &sampler, there, &mut |walk| trajectory.take(walk), &mut |x| {
+        let made = grid::to_bytes(x, ToByte::Round);
+        parts.append(&made)?;
+        pixels.extend(made);
+        Ok(())
+    })?;
+    a.write(&out, &pixels, &config, labels.as_deref(), start.and_then(|s| s.columns))?;
+    trajectory.write()?;
+    parts.remove()
 }
 
 impl SampleArgs {
@@ -263,25 +267,19 @@ impl SampleArgs {
     fn write(
         &self,
         out: &Path,
-        x: &[f32],
+        bytes: &[u8],
         config: &Config,
         labels: Option<&[i32]>,
         columns: Option<usize>,
     ) -> Result<()> {
-        if let Some(bad) = x.iter().find(|x| !x.is_finite()) {
-            return Err(Error::NonFinite(format!(
-                "a picture holds {bad}: the weights are damaged, use an older checkpoint"
-            )));
-        }
         let size = [config.model.image_size, config.model.image_size, config.model.in_channels];
-        let bytes = grid::to_bytes(x, ToByte::Round);
         let [h, w, c] = size;
         let n = bytes.len() / (h * w * c);
         let npz = out.join(format!("samples_{n}x{h}x{w}x{c}.npz"));
-        let (pixels, classes) = (Array::images([n, h, w, c], bytes.clone()), labels.map(Array::labels));
+        let (pixels, classes) = (Array::images([n, h, w, c], bytes.to_vec()), labels.map(Array::labels));
         let arrays: Vec<_> = [("arr_0", &pixels)].into_iter().chain(classes.as_ref().map(|l| ("arr_1", l))).collect();
         npz::write(&npz, &arrays)?;
-        println!("colour    {}", images::brightness(&bytes, c, &config.data));
+        println!("colour    {}", images::brightness(bytes, c, &config.data));
         println!("written   {}", npz.display());
         if c == 1 || c == 3 {
             let shown = grid::Images::new(size, &bytes[..if columns.is_some() { n } else { n.min(GRID) } * h * w * c]);
@@ -293,8 +291,10 @@ impl SampleArgs {
             println!("          {}", path.display());
             if self.files.unwrap_or(n <= FILES) {
                 let folder = out.join("images");
-                grid::Images::new(size, &bytes).write_each(&folder, 0)?;
-                println!("          {}/000000.png ...", folder.display());
+                let removed = grid::Images::new(size, bytes).write_all(&folder)?;
+                let before =
+                    if removed > 0 { format!(" ({removed} more of an earlier run removed)") } else { String::new() };
+                println!("          {}/000000.png ...{before}", folder.display());
             }
         }
         Ok(())

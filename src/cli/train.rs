@@ -280,7 +280,7 @@ impl Preview {
         t.device.set_weights(sampler.id(), average.map_or(Weights::Live, Weights::Ema));
         let seeds: Vec<u64> = (0..count as u64).map(|i| c.train.seed.wrapping_add(i)).collect();
         let labels = c.model.num_classes.map(|n| (0..count).map(|i| (i % n) as i32).collect::<Vec<_>>());
-        let pictures = Pictures { seeds: &seeds, labels: labels.as_deref() };
+        let pictures = Pictures { first: 0, seeds: &seeds, labels: labels.as_deref() };
         let x = match &t.low_res {
             Some(small) => sampler.enlarge(&mut t.device, pictures, small, &mut |_| Ok(()))?,
             None => sampler.run(&mut t.device, pictures, &mut |_| Ok(()))?,

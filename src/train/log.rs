@@ -9,7 +9,7 @@ use crate::grid::atomically;
 use crate::tensorboard::Events;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value, json};
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -121,26 +121,36 @@ pub struct Log {
     events: Option<Events>,
 }
 
+/// Opens the log at `path` and keeps other processes from doing so.
+fn held(path: &Path) -> Result<File> {
+    let file = OpenOptions::new().create(true).append(true).open(path).map_err(Error::io(path, "write"))?;
+    // Where a file system knows no locks, nothing is lost but this check.
+    match file.try_lock() {
+        Err(TryLockError::WouldBlock) => Err(Error::Config(format!(
+            "{}: another process trains in this folder; wait for it, or give another --out",
+            path.display()
+        ))),
+        _ => Ok(file),
+    }
+}
+
 impl Log {
     /// Opens `log.jsonl` in `folder` for a run that has done `done` of `steps` steps; later lines of an earlier run
     /// are dropped, the others survive whatever happens meanwhile. A terminal gets a progress bar.
     ///
     /// # Errors
-    /// [`Error::Io`] when the file cannot be read or written.
+    /// [`Error::Io`] when the file cannot be read or written; [`Error::Config`] while another process trains in the folder.
     pub fn open(folder: &Path, done: u64, steps: u64) -> Result<Self> {
         let path = folder.join("log.jsonl");
-        let old = if path.exists() {
-            std::fs::read_to_string(&path).map_err(Error::io(&path, "read"))?
-        } else {
-            String::new()
-        };
+        let mut file = held(&path)?;
+        let old = std::fs::read_to_string(&path).map_err(Error::io(&path, "read"))?;
         let step = |line: &str| serde_json::from_str::<Value>(line).ok()?.get("step")?.as_u64();
         let kept: String =
             old.lines().filter(|l| step(l).is_some_and(|s| s <= done)).map(|l| format!("{l}\n")).collect();
         if kept != old {
             atomically(&path, |file| file.write_all(kept.as_bytes()))?;
+            file = held(&path)?;
         }
-        let file = OpenOptions::new().create(true).append(true).open(&path).map_err(Error::io(&path, "write"))?;
         let bar = std::io::stderr().is_terminal().then(|| {
             let style = "{elapsed_precise} {bar:30} {pos}/{len} steps  {msg}";
             let style = ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar());
@@ -279,6 +289,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let mut log = Log::open(folder.path(), 0, 10).unwrap();
         (1..=4).for_each(|step| log.line(&line(step)).unwrap());
+        drop(log);
         Log::open(folder.path(), 2, 10).unwrap().line(&line(3)).unwrap();
         let text = std::fs::read_to_string(folder.path().join("log.jsonl")).unwrap();
         assert_eq!(text.lines().count(), 3);

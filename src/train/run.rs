@@ -107,7 +107,12 @@ fn until_end(
 ) -> Result<End> {
     let (began, steps) = (Instant::now(), t.config.train.steps);
     let sampled = |step: u64| step == steps || is_due(step, o.sample_interval);
-    // What a run that was killed after its last checkpoint still owes.
+    // What a killed run has left behind, and what it still owes to its last checkpoint.
+    checkpoint::clear(&o.out)?;
+    let last = o.out.join(checkpoint::file_name(t.step));
+    if let Some(also) = o.saved.filter(|_| last.exists()) {
+        also(&last)?;
+    }
     if t.step > 0 && sampled(t.step) && !grid(t, o).exists() {
         sample(t, o, log, preview)?;
     }

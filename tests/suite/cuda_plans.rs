@@ -7,7 +7,7 @@ use iddpm::autograd;
 use iddpm::config::{DiffusionConfig, LossType, ModelConfig, Precision, Schedule, VarType};
 use iddpm::device::{Device, Plan, PlanId, Weights};
 use iddpm::graph::{DType, Graph, Place, Region, Shape, Target, Val};
-use iddpm::nll::{Evaluated, Nll, NllSettings};
+use iddpm::nll::{Evaluated, Evaluation, Nll, NllSettings, Terms};
 use iddpm::ops::Control;
 use iddpm::ops::adamw_ema::{AdamwEma, Hyper};
 use iddpm::ops::grad_norm::GradNorm;
@@ -222,13 +222,13 @@ fn sampled_and_measured(mut device: Device, reverse: Reverse) -> (Vec<f32>, Vec<
     device.write_region(Region::Params, &weights(&params)).unwrap();
     let settings = SampleSettings { reverse, clip: false, batch: 2, ..SampleSettings::default() };
     let sampler = Sampler::new(&mut device, &model, &diffusion, &params, &settings).unwrap();
-    let pictures = Pictures { seeds: &[1, 2, 3, 4, 5], labels: Some(&[0, 1, 2, 0, 1]) };
+    let pictures = Pictures { first: 0, seeds: &[1, 2, 3, 4, 5], labels: Some(&[0, 1, 2, 0, 1]) };
     let images = sampler.run(&mut device, pictures, &mut |_| Ok(())).unwrap();
     let settings = NllSettings { clip: false, batch: 5, seed: 4 };
     let nll = Nll::new(&mut device, &model, &diffusion, &params, 3, &settings).unwrap();
     let pixels: Vec<u8> = (0..48).map(|i| (i * 53 % 256) as u8).collect();
     let report =
-        nll.run(&mut device, Evaluated { pixels: &pixels, labels: Some(&[0, 1, 2]) }, &mut |_, _| Ok(())).unwrap();
+        nll.run(&mut device, Evaluated { pixels: &pixels, labels: Some(&[0, 1, 2]) }, &[], &mut |_| Ok(())).unwrap();
     (images, report.total_bpd.iter().map(|&x| x as f32).collect())
 }
 
@@ -260,11 +260,11 @@ fn bits_do_not_depend_on_the_batch() {
         device.write_region(Region::Params, &weights(&params)).unwrap();
         let settings = SampleSettings { batch, ..SampleSettings::default() };
         let sampler = Sampler::new(&mut device, &model, &diffusion, &params, &settings).unwrap();
-        let pictures = Pictures { seeds: &seeds, labels: Some(&labels) };
+        let pictures = Pictures { first: 0, seeds: &seeds, labels: Some(&labels) };
         sampler.run(&mut device, pictures, &mut |_| Ok(())).unwrap().iter().map(|x| x.to_bits()).collect()
     };
-    // `lacking`: bytes of memory fewer than all images need, on the emulator.
-    let report = |precision, batch, lacking: Option<usize>| {
+    // `lacking`: bytes of memory fewer than all images need, on the emulator. `known`: terms from a run before.
+    let report = |precision, batch, lacking: Option<usize>, known: &[Terms]| {
         let mut device = on_gpu(precision);
         device.write_region(Region::Params, &weights(&params)).unwrap();
         let settings = NllSettings { clip: true, batch, seed: 4 };
@@ -276,19 +276,20 @@ fn bits_do_not_depend_on_the_batch() {
             cuda(&mut device).driver().emulator().unwrap().set_memory(need - lacking);
         }
         let nll = nll(&mut device);
-        let mut told = Vec::new();
+        let mut terms = known.to_vec();
         let images = Evaluated { pixels: &pixels, labels: Some(&labels) };
-        let report = nll.run(&mut device, images, &mut |done, all| {
-            told.push((done, all));
+        let report = nll.run(&mut device, images, known, &mut |e: Evaluation| {
+            terms.extend(e.new);
+            assert_eq!((e.done, e.total), (terms.len(), 28));
             Ok(())
         });
-        assert!(told.is_sorted() && told.last() == Some(&(28, 28)), "{told:?}");
-        (nll.resident(), report.unwrap())
+        (nll.resident(), (report.unwrap(), terms))
     };
     for precision in [Precision::F32, Precision::Bf16] {
         let first = pictures(precision, 7);
         assert!([1, 2, 5].iter().all(|&batch| pictures(precision, batch) == first), "{precision:?}: pictures");
-        let (resident, all) = report(precision, 28, None);
+        let (resident, all) = report(precision, 28, None, &[]);
+        assert_eq!(all.1.len(), 28);
         assert_eq!(resident, 7);
         for (batch, lacking, at_a_time) in
             [(1, None, 7), (9, None, 7), (28, Some(1), 6), (5, Some(5 * 16), 2), (4, Some(6 * 16), 1)]
@@ -296,9 +297,14 @@ fn bits_do_not_depend_on_the_batch() {
             if lacking.is_some() && !on_gpu(precision).is_emulated() {
                 continue;
             }
-            let (resident, parts) = report(precision, batch, lacking);
-            assert_eq!(resident, at_a_time, "{lacking:?} bytes lacking");
-            assert!(parts == all, "{precision:?}, batches of {batch}, {resident} images at a time: other terms");
+            for known in [0, 1, 8, 13, 28] {
+                let (resident, parts) = report(precision, batch, lacking, &all.1[..known]);
+                assert_eq!(resident, at_a_time, "{lacking:?} bytes lacking");
+                assert!(
+                    parts == all,
+                    "{precision:?}, batches of {batch}, {resident} images at a time, {known} terms known: others"
+                );
+            }
         }
     }
 }
@@ -314,7 +320,7 @@ fn steered_samples_follow_the_processor() {
         let settings =
             SampleSettings { reverse, clip: true, batch: 2, guidance: Some(2.0), dynamic_threshold: Some(0.9) };
         let sampler = Sampler::new(&mut device, &model, &diffusion, &params, &settings).unwrap();
-        let pictures = Pictures { seeds: &[1, 2, 3], labels: Some(&[0, 2, 1]) };
+        let pictures = Pictures { first: 0, seeds: &[1, 2, 3], labels: Some(&[0, 2, 1]) };
         sampler.run(&mut device, pictures, &mut |_| Ok(())).unwrap()
     };
     for reverse in [Reverse::DpmSolver, Reverse::Heun] {

@@ -363,7 +363,7 @@ fn sample(batch: usize, reverse: Reverse, threads: usize, config: &ModelConfig) 
     let sampler = Sampler::new(&mut device, config, &diffusion, &params, &settings).unwrap();
     let labels: Option<Vec<i32>> = config.num_classes.map(|n| (0..5).map(|i| i % n as i32).collect());
     let mut calls = 0;
-    let pictures = Pictures { seeds: &[11, 12, 13, 14, 15], labels: labels.as_deref() };
+    let pictures = Pictures { first: 0, seeds: &[11, 12, 13, 14, 15], labels: labels.as_deref() };
     let images = sampler
         .run(&mut device, pictures, &mut |walk| {
             calls += 1;
@@ -398,7 +398,7 @@ fn sampling_refuses_wrong_labels() {
     let diffusion = DiffusionConfig { var_type: VarType::FixedSmall, ..process() };
     let sampler = Sampler::new(&mut device, &config, &diffusion, &params, &settings).unwrap();
     for (labels, word) in [(None, "5 classes"), (Some(&[0, 5][..]), "label 5"), (Some(&[0][..]), "1 labels")] {
-        let pictures = Pictures { seeds: &[1, 2], labels };
+        let pictures = Pictures { first: 0, seeds: &[1, 2], labels };
         let error = sampler.run(&mut device, pictures, &mut |_| Ok(())).unwrap_err();
         assert!(error.to_string().contains(word), "{error}");
         assert_eq!(error.exit_code(), 2);
@@ -413,7 +413,7 @@ fn bits_per_dim(batch: usize) -> iddpm::nll::NllReport {
     let settings = NllSettings { clip: true, batch, seed: 3 };
     let nll = Nll::new(&mut device, &config, &process(), &params, 3, &settings).unwrap();
     let pixels: Vec<u8> = (0..3 * 64).map(|i| (i * 37 % 256) as u8).collect();
-    nll.run(&mut device, Evaluated { pixels: &pixels, labels: None }, &mut |_, _| Ok(())).unwrap()
+    nll.run(&mut device, Evaluated { pixels: &pixels, labels: None }, &[], &mut |_| Ok(())).unwrap()
 }
 
 #[test]

@@ -87,7 +87,7 @@ fn a_step_is_one_graph_and_nothing_waits_for_it() {
     process.timestep_respacing = "5".into();
     let settings = SampleSettings { batch: 2, ..SampleSettings::default() };
     let sampler = Sampler::new(&mut t.device, &c.model, &process, &t.params, &settings).unwrap();
-    let pictures = Pictures { seeds: &[1, 2], labels: None };
+    let pictures = Pictures { first: 0, seeds: &[1, 2], labels: None };
     let walk = |t: &mut Trainer| drop(sampler.run(&mut t.device, pictures, &mut |_| Ok(())).unwrap());
     let walked = started(&mut t, |t| &t.device, walk);
     // The pictures are waited for at the end.
@@ -97,7 +97,7 @@ fn a_step_is_one_graph_and_nothing_waits_for_it() {
     let nll = Nll::new(&mut t.device, &c.model, &process, &t.params, 2, &settings).unwrap();
     let pixels = images(2).pixels;
     let terms = |t: &mut Trainer| {
-        nll.run(&mut t.device, Evaluated { pixels: &pixels, labels: None }, &mut |_, _| Ok(())).unwrap();
+        nll.run(&mut t.device, Evaluated { pixels: &pixels, labels: None }, &[], &mut |_| Ok(())).unwrap();
     };
     // Two images at five steps are three batches of four.
     assert_eq!(started(&mut t, |t| &t.device, terms), Started { kernels: 1, graphs: 3, waits: 0 });

@@ -1,6 +1,6 @@
 //! The driver: memory, kernel launches, events and graphs on one device, in two kinds.
 //!
-//! [`Driver::Cuda`] talks to the NVIDIA driver; [`Driver::Emulated`] runs the same `kernels/*.cu`, compiled as C++, on the
+//! [`Driver::Cuda`] talks to the NVIDIA driver; `Driver::Emulated` runs the same `kernels/*.cu`, compiled as C++, on the
 //! CPU. Everything above calls the same functions with the same grid and the same arguments, so that a launch that works
 //! on one is the launch that runs on the other.
 //!

@@ -1,8 +1,9 @@
 //! Runs that stop: resumed, killed, interrupted, on a full disk, on a loss that is not finite.
 
-use super::{SMALL, assert_bad, at, bad, copied, finish, good, program, words};
+use super::{SMALL, assert_bad, at, bad, copied, finish, good, program, text, trained, words};
 use iddpm::checkpoint;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -16,6 +17,17 @@ fn a_folder_that_holds_a_run_is_not_overwritten() {
     std::fs::write(early.join("log.jsonl"), "").unwrap();
     bad(folder.path(), &format!("train {SMALL} --out early"), &["early/log.jsonl", "without a checkpoint", "--out"]);
     bad(folder.path(), "train --resume --out early", &["early", "no checkpoint"]);
+}
+
+#[test]
+fn two_runs_do_not_write_to_one_folder() {
+    let (folder, _path) = copied();
+    let f = folder.path();
+    let log = std::fs::File::options().create(true).append(true).open(f.join("log.jsonl")).unwrap();
+    log.lock().unwrap();
+    bad(f, "train --resume --out . --steps 5", &["log.jsonl", "another process", "--out"]);
+    drop(log);
+    good(f, "train --resume --out . --steps 5");
 }
 
 #[test]
@@ -34,7 +46,7 @@ fn resuming_gives_the_bytes_of_the_uninterrupted_run() {
 fn a_killed_run_ends_with_the_files_of_one_that_was_not() {
     let folder = tempfile::tempdir().unwrap();
     let f = folder.path();
-    let intervals = "--save_interval 1 --log_interval 1 --sample_interval 2";
+    let intervals = "--save_interval 1 --log_interval 1 --sample_interval 2 --reference_files";
     let begin = format!("train {SMALL} --steps 8 {intervals} --out");
     good(f, &format!("{begin} whole"));
     let run = f.join("run");
@@ -53,13 +65,7 @@ fn a_killed_run_ends_with_the_files_of_one_that_was_not() {
         assert!(newest() > before, "iddpm {line}: no checkpoint");
     }
     good(f, &format!("train --resume --threads 1 {intervals} --out run"));
-    let names = |folder: &str| {
-        let entries = std::fs::read_dir(f.join(folder)).unwrap();
-        let mut names: Vec<_> = entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
-        names.retain(|n| !n.starts_with(".iddpm-"));
-        names.sort();
-        names
-    };
+    let names = |folder: &str| names(&f.join(folder));
     assert_eq!(names("run"), names("whole"));
     for name in names("run").iter().filter(|n| *n != "log.jsonl") {
         let read = |folder: &str| std::fs::read(f.join(folder).join(name)).unwrap();
@@ -71,6 +77,58 @@ fn a_killed_run_ends_with_the_files_of_one_that_was_not() {
         log.lines().map(step).collect::<Vec<_>>()
     };
     assert_eq!(steps("run"), steps("whole"));
+}
+
+/// What lies in `folder`.
+fn names(folder: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten();
+    let mut names: Vec<_> = entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+/// Killed after its first results, and given again with batches of another size.
+#[test]
+fn killed_sampling_and_measuring_go_on_with_the_same_result() {
+    let folder = tempfile::tempdir().unwrap();
+    let f = folder.path();
+    let model = trained().join("cond").display().to_string();
+    for (i, work) in [
+        "sample --labels 3,5 --num_samples 60",
+        "sample --interpolate 3,8 --num_samples 60 --sampler heun --files False",
+        "encode --num_samples 60",
+        "nll --num_samples 60 --reference-files",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let (whole, ended) = (f.join(format!("whole{i}")), f.join(format!("ended{i}")));
+        let line = |batch: usize, out: &Path| {
+            format!("{work} --model_path {model} --threads 1 --batch_size {batch} --out {}", out.display())
+        };
+        let out = good(f, &line(16, &whole));
+        assert!(!out.contains("going on"), "{out}");
+        let mut child = program().args(words(&line(1, &ended))).stdout(Stdio::null()).spawn().unwrap();
+        let kept = || {
+            let partial = names(&ended).into_iter().find(|n| n.starts_with("partial-"));
+            partial.and_then(|n| std::fs::metadata(ended.join(n)).ok()).map_or(0, |m| m.len())
+        };
+        while kept() < 4096 && child.try_wait().unwrap().is_none() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        child.kill().unwrap();
+        assert!(!child.wait().unwrap().success(), "{work}: it was too fast to be killed");
+        // Another command in the folder leaves the work as it is.
+        let other = at(f, &format!("{} --timestep_respacing 6", line(16, &ended)));
+        assert!(other.status.success() && text(&other.stderr).contains("unfinished work of another"), "{work}");
+        let out = good(f, &line(7, &ended));
+        assert!(out.contains("going on"), "{work}\n{out}");
+        assert_eq!(names(&ended), names(&whole), "{work}");
+        for name in names(&whole).iter().filter(|n| *n != "images") {
+            let read = |folder: &Path| std::fs::read(folder.join(name)).unwrap();
+            assert!(read(&ended) == read(&whole), "{work}: {name} differs");
+        }
+    }
 }
 
 /// Limits the size of files a child may write, which ends a write as a full disk does.

@@ -56,6 +56,18 @@ fn written_images_read_back_and_leave_no_other_file() {
 }
 
 #[test]
+fn images_of_an_earlier_and_longer_run_are_removed() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("000007.png"), "not in line").unwrap();
+    let write = |n: u8| {
+        let pixels: Vec<u8> = (0..n).collect();
+        let removed = Images::new([1, 1, 1], &pixels).write_all(folder.path()).unwrap();
+        (removed, std::fs::read_dir(folder.path()).unwrap().count())
+    };
+    assert_eq!([write(5), write(2), write(3)], [(0, 6), (3, 3), (0, 4)]);
+}
+
+#[test]
 fn a_failed_write_names_the_file_and_leaves_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("missing/grid.png");
