@@ -187,7 +187,8 @@ impl TrainArgs {
         Err(Error::Config(format!("{} already holds {held}", out.display())))
     }
 
-    /// The run whose checkpoint lies at `place`; flags may only lengthen it. How an imported model goes on is free.
+    /// The run whose checkpoint lies at `place`; flags may lengthen it and fit it to the memory of a device. How an imported
+    /// model goes on is free.
     fn resumed(&self, place: &Path, g: &Global) -> Result<Start> {
         let path = checkpoint::find(place)?;
         let checkpoint = Checkpoint::open(&path)?;
@@ -206,8 +207,16 @@ impl TrainArgs {
         if checkpoint.imported() {
             config.train = asked.train.clone();
         }
-        flags::agree(&path, &config, &asked, &["steps"])?;
+        flags::agree(&path, &config, &asked, &["steps", "microbatch"])?;
         config.train.steps = self.train.steps.unwrap_or(config.train.steps);
+        let parts = [&config, &asked].map(|c| c.train.microbatches()[0]);
+        if parts[0] != parts[1] {
+            let [had, has] = parts;
+            eprintln!(
+                "note: {has} images per pass, where the run had {had}: the same training, rounded otherwise from here on"
+            );
+            config.train.microbatch = asked.train.microbatch;
+        }
         check_settings(&config)?;
         config.train.recompute = asked.train.recompute;
         let out = g.out.clone().or_else(|| path.parent().map(Path::to_path_buf)).unwrap_or_default();

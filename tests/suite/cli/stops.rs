@@ -41,6 +41,19 @@ fn resuming_gives_the_bytes_of_the_uninterrupted_run() {
     assert!(read(".") == read("whole"), "the checkpoints differ");
 }
 
+#[test]
+fn a_run_goes_on_in_smaller_parts() {
+    let (folder, _path) = copied();
+    let f = folder.path();
+    let line = "train --resume --out . --steps 5 --microbatch 3";
+    let out = at(f, line);
+    assert!(out.status.success() && text(&out.stderr).contains("3 images per pass, where the run had 4"), "{out:?}");
+    let (_, path) = checkpoint::list(f).pop().unwrap();
+    let train = checkpoint::Checkpoint::open(&path).unwrap().progress.config.train;
+    assert_eq!((train.steps, train.microbatches()), (5, vec![3, 1]));
+    bad(f, "train --resume --out . --steps 6 --microbatch 5", &["--microbatch 5", "4"]);
+}
+
 /// Killed at once after each of its first checkpoints, be it in the middle of a save, of a line or of a picture.
 #[test]
 fn a_killed_run_ends_with_the_files_of_one_that_was_not() {
