@@ -1,11 +1,12 @@
 //! `iddpm encode`: images to the noise they come from, by DDIM backwards; `iddpm sample --latents` makes the images of it again.
 
-use super::flags::{self, BOOL, ModelFlags};
+use super::flags::{BOOL, ModelFlags};
 use super::images::DataFlags;
 use super::latents;
+use super::model::Model;
 use super::parts::Parts;
 use super::walks::Walks;
-use super::{Global, create_folder, open_model};
+use super::{Global, create_folder};
 use crate::data;
 use crate::diffusion::to_unit;
 use crate::error::Result;
@@ -50,7 +51,6 @@ pub struct EncodeArgs {
 /// # Errors
 /// [`Error::Checkpoint`], [`Error::Config`] for flags that disagree with it, [`Error::Data`], [`Error::Io`].
 pub fn main(a: &EncodeArgs, g: &Global) -> Result<()> {
-    a.model.notes();
     let mut settings = SampleSettings {
         reverse: Reverse::DdimReverse,
         clip: a.clip_denoised.unwrap_or(true),
@@ -59,33 +59,25 @@ pub fn main(a: &EncodeArgs, g: &Global) -> Result<()> {
         ..SampleSettings::default()
     };
     settings.validate()?;
-    let mut model = open_model(&a.model_path, &a.model, a.ema_rate, g)?;
-    let config = model.checkpoint.progress.config.clone();
-    let path = model.checkpoint.path().to_path_buf();
-    let mut asked = config.clone();
-    a.model.apply(&mut asked)?;
-    flags::agree(&path, &config, &asked, &[])?;
-    let mut process = config.diffusion.clone();
-    if let Some(steps) = &a.timestep_respacing {
-        process.timestep_respacing.clone_from(steps);
-    }
+    let mut model = Model::open(&a.model_path, &a.model, a.ema_rate, a.timestep_respacing.as_deref(), g)?;
+    let config = model.config.clone();
     let mut spec = a.data.spec(&config.data, g.threads)?;
     (spec.image_size, spec.channels) = (Some(config.model.image_size), Some(config.model.in_channels));
     spec.limit = a.num_samples.map(|n| n as usize).or(spec.limit);
     let data = data::open(&spec)?;
     check_data(&config, &data)?;
     settings.batch = settings.batch.min(data.n);
-    let sampler = Sampler::new(&mut model.device, &config.model, &process, &model.params, &settings)?;
-    println!("model     {} (step {}, {})", path.display(), model.checkpoint.progress.step, model.weights);
+    let sampler = Sampler::new(&mut model.device, &config.model, &model.process, &model.params, &settings)?;
+    model.tell();
     println!("data      {}: {} of {} images", spec.path.display(), data.n, data.source.found);
     println!("encoding  {} steps of DDIM backwards", sampler.steps());
 
     let labels = data.labels.as_deref().filter(|_| config.model.num_classes.is_some());
     let x: Vec<f32> = data.pixels.iter().map(|&b| to_unit(b)).collect();
-    let out = g.out.clone().unwrap_or_else(|| path.with_file_name("latents"));
+    let out = g.out.clone().unwrap_or_else(|| model.path.with_file_name("latents"));
     create_folder(&out)?;
     let walks = Walks { n: data.n, seed: 0, labels, small: None, start: Some(&x) };
-    let (mut parts, mut x_t) = Parts::open::<f32>(&out, &model.key("encode", &process, &walks.key(&settings)))?;
+    let (mut parts, mut x_t) = Parts::open::<f32>(&out, &model.key("encode", &walks.key(&settings)))?;
     let there = x_t.len() / sampler.picture();
     walks.run(&mut model.device, &sampler, there, &mut |_| Ok(()), &mut |x| {
         x_t.extend(x);

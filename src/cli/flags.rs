@@ -279,7 +279,9 @@ impl ModelFlags {
     /// What is accepted without an effect, said once.
     pub fn notes(&self) {
         if self.use_fp16 == Some(true) {
-            eprintln!("note: --use-fp16 has no effect: the CPU computes in f32");
+            eprintln!(
+                "note: --use-fp16 has no effect: a GPU computes in bf16 with sums in f32, or as --precision says, the CPU in f32"
+            );
         }
     }
 }

@@ -14,6 +14,7 @@ mod images;
 mod import;
 mod import_check;
 mod latents;
+mod model;
 mod nll;
 mod parts;
 mod plan;
@@ -24,13 +25,8 @@ mod sample;
 mod train;
 mod walks;
 
-use crate::checkpoint::{self, Checkpoint};
-use crate::config::DiffusionConfig;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::graph::Region;
-use crate::train::slots;
-use crate::unet::Params;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use device::DeviceFlags;
 use std::ffi::OsString;
@@ -254,63 +250,6 @@ fn run(cli: Cli) -> Result<()> {
 /// [`Error::Io`].
 pub(crate) fn create_folder(path: &Path) -> Result<()> {
     std::fs::create_dir_all(path).map_err(Error::io(path, "create the folder"))
-}
-
-/// A trained model on a device.
-pub(crate) struct Model {
-    /// Where it came from.
-    pub checkpoint: Checkpoint,
-    /// Its tensors.
-    pub params: Params,
-    /// The device whose parameter region holds the chosen weights.
-    pub device: Device,
-    /// Which weights those are, in words.
-    pub weights: String,
-    /// Checksum of those weights.
-    checksum: u32,
-}
-
-impl Model {
-    /// All that the results of `command` over `process` depend on, for [`parts::Parts`]; `more` is what the command adds.
-    pub fn key(&self, command: &str, process: &DiffusionConfig, more: &str) -> String {
-        let device = match &self.device {
-            Device::Cpu(_) => "cpu".to_string(),
-            Device::Cuda(_) => self.device.describe(),
-        };
-        let (version, network) = (env!("CARGO_PKG_VERSION"), &self.checkpoint.progress.config.model);
-        format!("iddpm {version} {command}: {more}; weights {:08x}; {device}; {network:?}; {process:?}", self.checksum)
-    }
-}
-
-/// Opens the checkpoint at `path` (a file or a run's folder) with the moving average `rate`: the first of the
-/// configuration if None, the live weights if 0. A `.pt` or a folder of diffusers is brought in as `flags` describe it.
-///
-/// # Errors
-/// [`Error::Checkpoint`] for a file that cannot be used or a rate that it does not hold.
-pub(crate) fn open_model(path: &Path, flags: &flags::ModelFlags, rate: Option<f64>, global: &Global) -> Result<Model> {
-    let checkpoint = match import::is_foreign(path) {
-        true => import::open(path, flags)?,
-        false => Checkpoint::open(&checkpoint::find(path)?)?,
-    };
-    let (train, step) = (&checkpoint.progress.config.train, checkpoint.progress.step);
-    let params = Params::new(&checkpoint.progress.config.model);
-    let rate = rate.unwrap_or(if checkpoint.has_averages() { train.ema_rates[0] } else { 0.0 });
-    let (flat, weights) = if rate == 0.0 {
-        (checkpoint.weights(&slots(&params), params.len)?, "live weights".to_string())
-    } else {
-        let age = crate::train::run::half_life(rate);
-        if step < age {
-            eprintln!(
-                "warning: the moving average of rate {rate} is {step} steps old, younger than its half-life of {age} \
-                 steps, and still near the random start: train longer, or use --ema-rate 0 for the live weights"
-            );
-        }
-        (checkpoint.ema(rate, &slots(&params), params.len)?, format!("moving average of rate {rate}"))
-    };
-    let mut device = global.open_device()?;
-    device.write_region(Region::Params, &flat)?;
-    let checksum = crc32fast::hash(bytemuck::cast_slice(&flat));
-    Ok(Model { checkpoint, params, device, weights, checksum })
 }
 
 /// The command line's grammar: what clap derives, with the reference's booleans, and negative numbers as values.

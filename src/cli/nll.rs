@@ -1,10 +1,11 @@
 //! `iddpm nll`: bits/dim of images under a checkpoint, by the variational bound.
 
-use super::flags::{self, BOOL, ModelFlags};
+use super::flags::{BOOL, ModelFlags};
 use super::images::DataFlags;
+use super::model::Model;
 use super::parts::Parts;
 use super::progress::Progress;
-use super::{Global, create_folder, open_model, reference};
+use super::{Global, create_folder, reference};
 use crate::data;
 use crate::error::{Error, Result};
 use crate::nll::{Evaluated, Evaluation, Nll, NllReport, NllSettings, Terms, mean_and_interval};
@@ -51,17 +52,8 @@ pub struct NllArgs {
 /// # Errors
 /// [`Error::Checkpoint`], [`Error::Config`] for flags that disagree with it, [`Error::Data`], [`Error::Io`].
 pub fn main(a: &NllArgs, g: &Global) -> Result<()> {
-    a.model.notes();
-    let mut model = open_model(&a.model_path, &a.model, a.ema_rate, g)?;
-    let config = model.checkpoint.progress.config.clone();
-    let path = model.checkpoint.path().to_path_buf();
-    let mut asked = config.clone();
-    a.model.apply(&mut asked)?;
-    flags::agree(&path, &config, &asked, &[])?;
-    let mut process = config.diffusion.clone();
-    if let Some(steps) = &a.timestep_respacing {
-        process.timestep_respacing.clone_from(steps);
-    }
+    let mut model = Model::open(&a.model_path, &a.model, a.ema_rate, a.timestep_respacing.as_deref(), g)?;
+    let config = model.config.clone();
     let mut spec = a.data.spec(&config.data, g.threads)?;
     spec.image_size = Some(config.model.image_size);
     spec.channels = Some(config.model.in_channels);
@@ -70,17 +62,17 @@ pub fn main(a: &NllArgs, g: &Global) -> Result<()> {
     check_data(&config, &data)?;
     let settings =
         NllSettings { clip: a.clip_denoised.unwrap_or(true), batch: a.batch_size as usize, seed: g.seed.unwrap_or(0) };
-    let nll = Nll::new(&mut model.device, &config.model, &process, &model.params, data.n, &settings)?;
-    println!("model     {} (step {}, {})", path.display(), model.checkpoint.progress.step, model.weights);
+    let nll = Nll::new(&mut model.device, &config.model, &model.process, &model.params, data.n, &settings)?;
+    model.tell();
     let parts =
         if nll.resident() < data.n { format!(", {} at a time on the device", nll.resident()) } else { String::new() };
     println!("data      {}: {} of {} images{parts}", spec.path.display(), data.n, data.source.found);
-    let out = g.out.clone().unwrap_or_else(|| path.with_file_name("nll"));
+    let out = g.out.clone().unwrap_or_else(|| model.path.with_file_name("nll"));
     create_folder(&out)?;
     let labels = data.labels.as_deref().unwrap_or_default();
     let sums = [&data.pixels, bytemuck::cast_slice(labels)].map(crc32fast::hash);
     let key = format!("{:?}, images and labels {sums:x?}", NllSettings { batch: 1, ..settings });
-    let key = model.key("nll", &process, &key);
+    let key = model.key("nll", &key);
     let (mut parts, known) = Parts::open::<Terms>(&out, &key)?;
     if !known.is_empty() {
         println!("going on  {} of {} terms are there from a run that was ended", known.len(), nll.terms());

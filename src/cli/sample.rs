@@ -1,12 +1,13 @@
 //! `iddpm sample`: pictures from a checkpoint, as a grid, as files and as `.npz`.
 
-use super::flags::{self, BOOL, ModelFlags};
+use super::flags::{BOOL, ModelFlags};
 use super::frames::FrameFlags;
 use super::images;
 use super::latents::{LatentFlags, Start};
+use super::model::Model;
 use super::parts::Parts;
 use super::walks::Walks;
-use super::{Global, create_folder, open_model};
+use super::{Global, create_folder};
 use crate::config::{Config, DataConfig};
 use crate::data::low_res::LowRes;
 use crate::data::{self, DataSpec, Dataset};
@@ -109,19 +110,10 @@ impl Kind {
 /// # Errors
 /// [`Error::Checkpoint`], [`Error::Config`] for flags that disagree with it, [`Error::Io`].
 pub fn main(a: &SampleArgs, g: &Global) -> Result<()> {
-    a.model.notes();
     let mut settings = a.settings()?;
-    let mut model = open_model(&a.model_path, &a.model, a.ema_rate, g)?;
-    let config = model.checkpoint.progress.config.clone();
-    let path = model.checkpoint.path().to_path_buf();
-    let mut asked = config.clone();
-    a.model.apply(&mut asked)?;
-    flags::agree(&path, &config, &asked, &[])?;
-    let mut process = config.diffusion.clone();
-    if let Some(steps) = &a.timestep_respacing {
-        process.timestep_respacing.clone_from(steps);
-    }
-    a.advise(&process.timestep_respacing)?;
+    let mut model = Model::open(&a.model_path, &a.model, a.ema_rate, a.timestep_respacing.as_deref(), g)?;
+    let config = model.config.clone();
+    a.advise(&model.process.timestep_respacing)?;
     let size = [config.model.image_size, config.model.image_size, config.model.in_channels];
     let (base, start) = (a.base(&config)?, a.latents.start(size, a.num_samples)?);
     if let (Some(_), Some(_)) = (&base, &start) {
@@ -130,11 +122,11 @@ pub fn main(a: &SampleArgs, g: &Global) -> Result<()> {
     let n = start.as_ref().map_or(a.num_samples.unwrap_or(PICTURES) as usize, |s| s.pictures);
     let labels = a.labels(&config, base.as_ref(), start.as_ref(), n)?;
     settings.batch = settings.batch.min(n);
-    let sampler = Sampler::new(&mut model.device, &config.model, &process, &model.params, &settings)?;
+    let sampler = Sampler::new(&mut model.device, &config.model, &model.process, &model.params, &settings)?;
     let mut trajectory = a.frames.trajectory(size, n, sampler.steps())?;
-    let out = g.out.clone().unwrap_or_else(|| path.with_file_name("samples"));
+    let out = g.out.clone().unwrap_or_else(|| model.path.with_file_name("samples"));
     create_folder(&out)?;
-    println!("model     {} (step {}, {})", path.display(), model.checkpoint.progress.step, model.weights);
+    model.tell();
     let (steps, calls) = (sampler.steps(), sampler.calls());
     let calls = if calls == steps { String::new() } else { format!(" ({calls} calls of the network)") };
     println!("sampling  {n} pictures, {steps} {} steps{calls}", a.kind()?.title());
@@ -142,7 +134,7 @@ pub fn main(a: &SampleArgs, g: &Global) -> Result<()> {
     let seed = g.seed.unwrap_or(0);
     let x_t = start.as_ref().map(|s| &s.x[..]);
     let walks = Walks { n, seed, labels: labels.as_deref(), small: base.as_ref().map(LowRes::exactly), start: x_t };
-    let (mut parts, mut pixels) = Parts::open::<u8>(&out, &model.key("sample", &process, &walks.key(&settings)))?;
+    let (mut parts, mut pixels) = Parts::open::<u8>(&out, &model.key("sample", &walks.key(&settings)))?;
     if trajectory.is_wanted() {
         // The way of pictures that are there already would be missing.
         parts.start_over()?;
