@@ -1,8 +1,8 @@
-//! One encoded picture (PNG, JPEG or GIF) to 8-bit grey or RGB, as Pillow's `convert` would give it:
+//! One encoded picture (PNG, JPEG, GIF or WebP) to 8-bit grey or RGB, as Pillow's `convert` would give it:
 //! palettes looked up, alpha dropped, 16 bits cut to the high byte, the first frame of an animation.
 //!
 //! The format is taken from the content, not from the name. JPEG decoders differ by a few levels of 255 from each
-//! other (inverse cosine transform, chroma upsampling); PNG and GIF are exact.
+//! other (inverse cosine transform, chroma upsampling); the others are exact.
 
 use std::io::Cursor;
 
@@ -54,7 +54,8 @@ fn luma(p: &[u8]) -> u8 {
     ((19_595 * u32::from(p[0]) + 38_470 * u32::from(p[1]) + 7_471 * u32::from(p[2]) + 0x8000) >> 16) as u8
 }
 
-/// Decodes a PNG, JPEG or GIF file. Grey means that the file says so, or that every colour of its palette image is grey.
+/// Decodes a PNG, JPEG, GIF or WebP file. Grey means that the file says so, or that every colour of its palette image or of its WebP
+/// is grey.
 ///
 /// # Errors
 /// What is wrong in words, without the file's name: unknown format, damaged or truncated data, absurd size.
@@ -64,8 +65,9 @@ pub fn decode(bytes: &[u8]) -> Result<Picture, String> {
         [0x89, b'P', b'N', b'G', ..] => png(bytes),
         [0xFF, 0xD8, ..] => jpeg(bytes),
         [b'G', b'I', b'F', b'8', ..] => gif(bytes),
+        [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', ..] => webp(bytes),
         [a, b, c, d, ..] => {
-            Err(format!("not a PNG, JPEG or GIF image (it begins with {a:02x} {b:02x} {c:02x} {d:02x})"))
+            Err(format!("not a PNG, JPEG, GIF or WebP image (it begins with {a:02x} {b:02x} {c:02x} {d:02x})"))
         }
         _ => Err(format!("not an image: only {} bytes long", bytes.len())),
     }
@@ -140,6 +142,22 @@ fn jpeg_with(bytes: &[u8], strict: bool) -> Result<Picture, String> {
         true => Ok(Picture { h, w, c, pixels }),
         false => Err(format!("JPEG with an unusual number of channels ({} bytes for {w}x{h} pixels)", pixels.len())),
     }
+}
+
+/// WebP knows no grey: what is grey all over is taken for it.
+fn webp(bytes: &[u8]) -> Result<Picture, String> {
+    let damaged = |e: image_webp::DecodingError| format!("damaged or truncated WebP: {e}");
+    let mut decoder = image_webp::WebPDecoder::new(Cursor::new(bytes)).map_err(damaged)?;
+    let (w, h) = decoder.dimensions();
+    let (w, h) = (w as usize, h as usize);
+    check_size(w, h)?;
+    decoder.set_memory_limit(4 * MAX_PIXELS);
+    let mut pixels = vec![0; decoder.output_buffer_size().ok_or("damaged WebP: its size overflows")?];
+    decoder.read_image(&mut pixels).map_err(damaged)?;
+    if decoder.has_alpha() {
+        pixels = pixels.chunks_exact(4).flat_map(|p| [p[0], p[1], p[2]]).collect();
+    }
+    Ok(Picture { h, w, c: 3, pixels }.grey_if_possible())
 }
 
 /// The first frame; what it leaves of the canvas has the transparent colour, else colour 0, as in Pillow.

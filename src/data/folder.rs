@@ -75,7 +75,7 @@ fn list(
 }
 
 fn empty(root: &Path, others: &[String]) -> Error {
-    let searched = "no images: searched it and its subfolders for .jpg, .jpeg, .png and .gif";
+    let searched = "no images: searched it and its subfolders for .jpg, .jpeg, .png, .gif and .webp";
     match others {
         [] => Error::data(root, format!("{searched}, there are no files at all")),
         [first, ..] => Error::data(root, format!("{searched}, found {} other files, such as {first}", others.len())),

@@ -8,8 +8,8 @@ use std::{cmp::Ordering, collections::BTreeSet, path::Path};
 use super::{Labels, Split};
 use crate::error::{Error, Result};
 
-/// Extensions of images, as the reference's; the content decides how a file is decoded.
-pub const EXTENSIONS: [&str; 4] = ["jpg", "jpeg", "png", "gif"];
+/// Extensions of images: the reference's, and webp. The content decides how a file is decoded.
+pub const EXTENSIONS: [&str; 5] = ["jpg", "jpeg", "png", "gif", "webp"];
 
 /// True for `a/b/name.png` and the like. `._name.png` is a resource fork of macOS, never an image.
 pub fn is_image(name: &str) -> bool {

@@ -38,7 +38,7 @@ pub fn open(spec: &DataSpec) -> Result<Dataset> {
     names.sort_by(|a, b| names::order(a, b));
     names.dedup();
     if names.is_empty() {
-        return Err(Error::data(path, format!("no .jpg, .jpeg, .png or .gif among its {skipped} files")));
+        return Err(Error::data(path, format!("no .jpg, .jpeg, .png, .gif or .webp among its {skipped} files")));
     }
     let split_depth = names::keep_split(&mut names, spec.split, path)?;
     let found = names.len();

@@ -23,13 +23,13 @@ fn missing_and_empty() {
     let folder = tempfile::tempdir().unwrap();
     holds(&error(&DataSpec::new(folder.path().join("nowhere"))), &["nowhere", "no such file", "builtin"]);
     holds(&error(&DataSpec::new(folder.path())), &["no images", ".png", "no files at all"]);
-    std::fs::write(folder.path().join("a.webp"), "x").unwrap();
-    holds(&error(&DataSpec::new(folder.path())), &["no images", "1 other files", "a.webp"]);
+    std::fs::write(folder.path().join("a.tiff"), "x").unwrap();
+    holds(&error(&DataSpec::new(folder.path())), &["no images", "1 other files", "a.tiff"]);
     let path = folder.path().join("empty.png");
     std::fs::write(&path, "").unwrap();
     holds(&error(&DataSpec::new(folder.path())), &["empty.png", "empty"]);
     holds(&error(&DataSpec::new(&path)), &["empty.png", "single image", "folder"]);
-    holds(&error(&DataSpec::new(folder.path().join("a.webp"))), &["not a set of images"]);
+    holds(&error(&DataSpec::new(folder.path().join("a.tiff"))), &["not a set of images"]);
 }
 
 #[test]
@@ -52,7 +52,7 @@ fn truncated_images_are_named() {
         let spec = DataSpec { image_size: Some(8), ..DataSpec::new(folder.path()) };
         holds(&error(&spec), &[&format!("b-{name}"), "damaged or truncated"]);
         std::fs::write(folder.path().join(format!("b-{name}")), "<html>").unwrap();
-        holds(&error(&spec), &[&format!("b-{name}"), "not a PNG, JPEG or GIF"]);
+        holds(&error(&spec), &[&format!("b-{name}"), "not a PNG, JPEG, GIF or WebP"]);
     }
 }
 

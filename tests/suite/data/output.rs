@@ -127,7 +127,7 @@ fn a_damaged_npz_is_refused() {
     let good = std::fs::read(fixture("decoded.npz")).unwrap();
     let read =
         |bytes: &[u8]| npz::read_from("x.npz".as_ref(), Cursor::new(bytes)).map(|a| a.len()).map_err(|e| e.to_string());
-    assert_eq!(read(&good), Ok(21));
+    assert_eq!(read(&good), Ok(27));
     holds(&read(&good[..good.len() - 30]).unwrap_err(), &["x.npz", "directory"]);
     holds(&read(&good[..0]).unwrap_err(), &["x.npz", "truncated"]);
     let mut flipped = good.clone();
@@ -202,7 +202,7 @@ fn inspect_tells_what_a_run_needs_to_know() {
     let spec = DataSpec { image_size: Some(8), channels: Some(3), ..DataSpec::new(fixture("images")) };
     let text = inspected(&spec);
     println!("{text}");
-    holds(&text, &["image folder", "21 of 8x8x3", "width 9 to 40, height 8 to 30", "none", "blue", "animated.gif"]);
+    holds(&text, &["image folder", "27 of 8x8x3", "width 9 to 40, height 8 to 30", "none", "blue", "animated.gif"]);
 }
 
 /// Two images, one black and one white: mean 0, deviation 1.
