@@ -5,7 +5,7 @@ use super::images::DataFlags;
 use super::latents;
 use super::model::Model;
 use super::parts::Parts;
-use super::walks::Walks;
+use super::walks::{self, Walks};
 use super::{Global, create_folder};
 use crate::data;
 use crate::diffusion::to_unit;
@@ -25,9 +25,9 @@ pub struct EncodeArgs {
     /// Number of images, evenly spaced over the set [default: all]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     num_samples: Option<u32>,
-    /// Images encoded at the same time; the result does not depend on it
-    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u64).range(1..=65_536))]
-    batch_size: u64,
+    /// Images encoded at the same time; the result does not depend on it [default: 16; on a GPU up to 128, as its memory allows]
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=65_536))]
+    batch_size: Option<u64>,
     /// Steps to use: 250, 10,15,20, ddim50 or logsnr20 [default: those of training]
     #[arg(long)]
     timestep_respacing: Option<String>,
@@ -54,7 +54,6 @@ pub fn main(a: &EncodeArgs, g: &Global) -> Result<()> {
     let mut settings = SampleSettings {
         reverse: Reverse::DdimReverse,
         clip: a.clip_denoised.unwrap_or(true),
-        batch: a.batch_size as usize,
         guidance: a.guidance,
         ..SampleSettings::default()
     };
@@ -66,7 +65,7 @@ pub fn main(a: &EncodeArgs, g: &Global) -> Result<()> {
     spec.limit = a.num_samples.map(|n| n as usize).or(spec.limit);
     let data = data::open(&spec)?;
     check_data(&config, &data)?;
-    settings.batch = settings.batch.min(data.n);
+    settings.batch = walks::batch(a.batch_size, data.n, &model, &settings)?;
     let sampler = Sampler::new(&mut model.device, &config.model, &model.process, &model.params, &settings)?;
     model.tell();
     println!("data      {}: {} of {} images", spec.path.display(), data.n, data.source.found);

@@ -6,7 +6,7 @@ use super::images;
 use super::latents::{LatentFlags, Start};
 use super::model::Model;
 use super::parts::Parts;
-use super::walks::Walks;
+use super::walks::{self, Walks};
 use super::{Global, create_folder};
 use crate::config::{Config, DataConfig};
 use crate::data::low_res::LowRes;
@@ -35,9 +35,9 @@ pub struct SampleArgs {
     /// Number of pictures; with --interpolate those of a row [default: 64; of --latents all; in a row 8]
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=10_000_000))]
     num_samples: Option<u64>,
-    /// Pictures made at the same time; the result does not depend on it
-    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u64).range(1..=65_536))]
-    batch_size: u64,
+    /// Pictures made at the same time; the result does not depend on it [default: 16; on a GPU up to 128, as its memory allows]
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=65_536))]
+    batch_size: Option<u64>,
     /// Steps to use: 250, 10,15,20, ddim50 or logsnr20 [default: those of training]
     #[arg(long)]
     timestep_respacing: Option<String>,
@@ -121,7 +121,7 @@ pub fn main(a: &SampleArgs, g: &Global) -> Result<()> {
     }
     let n = start.as_ref().map_or(a.num_samples.unwrap_or(PICTURES) as usize, |s| s.pictures);
     let labels = a.labels(&config, base.as_ref(), start.as_ref(), n)?;
-    settings.batch = settings.batch.min(n);
+    settings.batch = walks::batch(a.batch_size, n, &model, &settings)?;
     let sampler = Sampler::new(&mut model.device, &config.model, &model.process, &model.params, &settings)?;
     let mut trajectory = a.frames.trajectory(size, n, sampler.steps())?;
     let out = g.out.clone().unwrap_or_else(|| model.path.with_file_name("samples"));
@@ -185,9 +185,9 @@ impl SampleArgs {
         let settings = SampleSettings {
             reverse: self.reverse()?,
             clip: self.clip_denoised.unwrap_or(true),
-            batch: self.batch_size as usize,
             guidance: self.guidance,
             dynamic_threshold: self.dynamic_threshold,
+            ..SampleSettings::default()
         };
         settings.validate()?;
         if self.latents.given() && settings.reverse.draws() {

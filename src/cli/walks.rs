@@ -1,10 +1,29 @@
 //! Walks of many pictures, batch by batch: what `sample` and `encode` share.
 
+use super::model::Model;
 use super::progress::Progress;
 use crate::data::low_res::LowRes;
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::graph::Target;
 use crate::sampler::{Pictures, SampleSettings, Sampler, Walk};
+
+/// Pictures made at the same time, if no number is asked for; on a GPU more, as far as its memory goes.
+const BATCH: usize = 16;
+const GPU_BATCH: usize = 128;
+
+/// How many of `n` pictures are made at the same time, where `asked` were asked for.
+///
+/// # Errors
+/// Those of [`SampleSettings::fitting`].
+pub fn batch(asked: Option<u64>, n: usize, model: &Model, settings: &SampleSettings) -> Result<usize> {
+    let device = &model.device;
+    match asked {
+        Some(asked) => Ok(n.min(asked as usize)),
+        None if device.target() == Target::Cpu || device.is_emulated() => Ok(n.min(BATCH)),
+        None => settings.fitting(device, &model.config.model, &model.process, &model.params, n.min(GPU_BATCH)),
+    }
+}
 
 /// The pictures that are asked for.
 pub struct Walks<'a> {

@@ -13,7 +13,7 @@ use iddpm::ops::adamw_ema::{AdamwEma, Hyper};
 use iddpm::ops::grad_norm::GradNorm;
 use iddpm::ops::linear::Linear;
 use iddpm::ops::p_sample::Reverse;
-use iddpm::sampler::{Pictures, SampleSettings, Sampler};
+use iddpm::sampler::{self, Pictures, SampleSettings, Sampler};
 use iddpm::unet::{Layer, Params};
 
 const BF16: Target = Target::Cuda(Precision::Bf16);
@@ -306,6 +306,26 @@ fn bits_do_not_depend_on_the_batch() {
                 );
             }
         }
+    }
+}
+
+/// As many pictures at a time as there is memory for, by halves.
+#[test]
+fn a_batch_of_pictures_fits_the_memory() {
+    let (model, diffusion) = tiny();
+    let params = Params::new(&model);
+    let mut device = Device::emulated().unwrap();
+    let room = |device: &Device, batch| {
+        let settings = SampleSettings { batch, ..SampleSettings::default() };
+        device.room(&sampler::plan(&model, &diffusion, &params, &settings, device.target()).unwrap()).unwrap()
+    };
+    let [forty, five] = [40, 5].map(|batch| room(&device, batch).need);
+    for (free, fits) in [(forty, 40), (forty - 1, 20), (five, 5), (five - 1, 2), (1, 1)] {
+        cuda(&mut device).driver().emulator().unwrap().set_memory(1 << 30);
+        let used = (1 << 30) - room(&device, 1).free.unwrap();
+        cuda(&mut device).driver().emulator().unwrap().set_memory(used + free);
+        let batch = SampleSettings::default().fitting(&device, &model, &diffusion, &params, 40).unwrap();
+        assert_eq!(batch, fits, "{free} bytes are free, 40 pictures need {forty}, 5 {five}");
     }
 }
 

@@ -192,7 +192,7 @@ fn sampling_and_likelihood_become_ours() {
     assert_line(
         &t.lines[0],
         "sample",
-        "--model-path=run --use-ddim=True --timestep-respacing=ddim25 --num-samples=5 --batch-size=16 --out=log",
+        "--model-path=run --use-ddim=True --timestep-respacing=ddim25 --num-samples=5 --out=log",
     );
     // Of a .pt the flags tell what the tensors do not, given or not.
     let t = translated("image_nll --model_path m.pt --data_dir d --dropout 0.3 --class_cond True", &logdir());

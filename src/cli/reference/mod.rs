@@ -288,7 +288,7 @@ impl Call<'_> {
                 self.note("the reference ignores use_ddim here; it is heeded");
             }
         }
-        line.extend(self.pass(&[SAMPLE], &["num_samples", "batch_size"]));
+        line.extend(self.pass(&[SAMPLE], &["num_samples"]));
         line.extend({
             let out = self.out();
             self.ours(Some(&out))
