@@ -10,8 +10,8 @@
         const __grid_constant__ ConvGemm p) {                                                                         \
         conv_gemm_bf16<MmaTile<BM, BN, WARPS_M, WARPS_N>, false, false>(p);                                           \
     }
-FORWARD(128, 128, 2, 4, 2)
-FORWARD(128, 64, 4, 2, 2)
+FORWARD(128, 128, 2, 2, 2)
+FORWARD(128, 64, 2, 2, 3)
 FORWARD(128, 32, 4, 1, 4)
 FORWARD(64, 64, 2, 2, 4)
 FORWARD(32, 64, 2, 2, 4)

@@ -10,8 +10,8 @@
         const __grid_constant__ ConvGemm p) {                                                                         \
         conv_gemm_bf16<MmaTile<BM, BN, WARPS_M, WARPS_N>, true, false>(p);                                            \
     }
-BACKWARD(128, 128, 2, 4, 2)
-BACKWARD(128, 64, 4, 2, 2)
+BACKWARD(128, 128, 2, 2, 2)
+BACKWARD(128, 64, 2, 2, 3)
 BACKWARD(128, 32, 4, 1, 4)
 BACKWARD(64, 64, 2, 2, 4)
 BACKWARD(32, 64, 2, 2, 4)

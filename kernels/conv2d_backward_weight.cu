@@ -6,31 +6,33 @@
 #include "conv2d_weight.cuh"
 
 // Copies pairs of runs of 16 pixels to shared memory, pixels as rows; ANY_Y, ANY_X: that operand element by element.
-// One warp finds the pixels of a step, a step before their copies start, and leaves them in a ring in shared memory.
+// The pixels are found before, a step by each warp, and lie in a ring in shared memory: two rounds of as many steps as there are warps.
 template <class Tile, bool ANY_Y, bool ANY_X> struct WeightLoader {
-    static constexpr int CHUNKS = Tile::BM / 8;
-    static_assert(Tile::BM == Tile::BN && Tile::THREADS == 16 * CHUNKS, "one chunk of each operand per thread and run");
+    static constexpr int CHUNKS = Tile::BM / 8, APART = Tile::THREADS / CHUNKS, WARPS = Tile::THREADS / 32, RING = 2 * WARPS * BK;
+    static_assert(Tile::BM == Tile::BN && APART % 8 == 0, "both operands are cut alike, and the rows of a thread permuted alike");
+    static_assert(WARPS >= STAGES, "a round is found before its first copies start");
 
     const ConvWeight& p;
     const Columns& cols;
     const Split& split;
-    int2* ring;  // STAGES steps of 32 pixels of dy and x
+    int2* ring;  // pixel of dy and of x
     int m0;
 
+    // All warps together find the steps of the round that begins with `step`.
     DEV void find(int step) {
-        if (threadIdx.x >= 32) return;
-        GridPixel at(p, split.first, split.last, 2 * step + int(threadIdx.x) / 16, threadIdx.x % 16);
+        step += threadIdx.x / 32;
+        int place = threadIdx.x % 32;
+        GridPixel at(p, split.first, split.last, 2 * step + place / 16, place % 16);
         WeightTap tap = p.taps[cols.tap];
-        ring[step % STAGES * 32 + threadIdx.x] = make_int2(at.y(p, tap), at.x(p, tap));
+        ring[(step * BK + place) % RING] = make_int2(at.y(p, tap), at.x(p, tap));
     }
     DEV void load(int step, bf16* sa, bf16* sb) const {
-        int chunk = threadIdx.x % CHUNKS;
+        int chunk = threadIdx.x % CHUNKS, first = threadIdx.x / CHUNKS, to = swizzled<CHUNKS>(first, chunk);
 #pragma unroll
-        for (int kk = 0; kk < 2; kk++) {
-            int row = 16 * kk + threadIdx.x / CHUNKS, to = swizzled<CHUNKS>(row, chunk);
-            int2 at = ring[step % STAGES * 32 + row];
-            load_y(at.x, m0 + chunk * 8, sa + to);
-            load_x(at.y, chunk * 8, 2 * step + kk, sb + to);
+        for (int row = 0; row < BK; row += APART) {
+            int2 at = ring[(step * BK + first + row) % RING];
+            load_y(at.x, m0 + chunk * 8, sa + to + row * CHUNKS * 8);
+            load_x(at.y, chunk * 8, step * BK + first + row, sb + to + row * CHUNKS * 8);
         }
     }
     DEV void load_y(int pixel, int m, bf16* to) const {
@@ -41,55 +43,58 @@ template <class Tile, bool ANY_Y, bool ANY_X> struct WeightLoader {
             store_chunk(to, v);
         } else {
             const bf16* dy = static_cast<const bf16*>(p.dy);
-            bool ok = pixel >= 0 && m < p.oc;
-            cp_async16(to, ok ? dy + int64_t(pixel) * p.oc + m : dy, ok ? 16 : 0);
+            cp_async16(to, dy + int64_t(max(pixel, 0)) * p.oc + m, pixel >= 0 && m < p.oc ? 16 : 0);
         }
     }
-    DEV void load_x(int pixel, int column, int run, bf16* to) const {
+    DEV void load_x(int pixel, int column, int k, bf16* to) const {
         if constexpr (ANY_X) {
-            GridPixel at(p, split.first, split.last, run, threadIdx.x / CHUNKS);  // each column may have its own tap
+            GridPixel at(p, split.first, split.last, k / 16, k % 16);  // each column may have its own tap
             bf16 v[8];
 #pragma unroll
             for (int e = 0; e < 8; e++) v[e] = input_at<bf16>(p, at, cols, column + e);
             store_chunk(to, v);
         } else {
-            const bf16* x = static_cast<const bf16*>(p.x[cols.s]);
-            bool ok = pixel >= 0 && column < cols.count;
-            cp_async16(to, ok ? x + int64_t(pixel) * p.x_channels[cols.s] + cols.c0 + column : x, ok ? 16 : 0);
+            const bf16* x = static_cast<const bf16*>(p.x[cols.s]) + cols.c0 + column;
+            cp_async16(to, x + int64_t(max(pixel, 0)) * p.x_channels[cols.s], pixel >= 0 && column < cols.count ? 16 : 0);
         }
     }
 };
 
-// Row sums of dy by products with a matrix of ones: each of the warps that share rows takes one fragment of them.
+// Row sums of dy by products with a matrix of ones: the warps that share rows take the same number of fragments of them each.
 template <class Tile> struct RowSums {
     static constexpr uint32_t ONES = 0x3f803f80;
-    static_assert(Tile::FRAGS_M == Tile::BN / Tile::WN, "as many fragments of rows as warps to sum them");
-    float acc[4] = {};
+    static constexpr int MINE = Tile::FRAGS_M * Tile::WN / Tile::BN;
+    static_assert(MINE * Tile::BN == Tile::FRAGS_M * Tile::WN, "as many fragments of rows for each warp");
+    float acc[MINE][4] = {};
 
     DEV void add(const ConvWeight& p, const Split& split, const Tile& tile, const uint32_t (&a)[Tile::FRAGS_M][4], int run, int m0,
                  int tap) {
-        int mine = tile.warp_n() / Tile::WN;
+        int first = tile.warp_n() / Tile::WN * MINE;
 #pragma unroll
         for (int i = 0; i < Tile::FRAGS_M; i++)
-            if (i == mine) mma_bf16_16816(acc, a[i], ONES, ONES);
+            if (i / MINE * MINE == first) mma_bf16_16816(acc[i % MINE], a[i], ONES, ONES);
         if (run >= split.runs || !ends_segment(p, run)) return;
-        int o = m0 + tile.warp_m() + 16 * mine + tile.lane() / 4, slot = p.taps[tap].slot;
-        if (tile.lane() % 4 == 0) {
-            if (o < p.oc) *sums_at(p, split, run, slot, o) = acc[0];
-            if (o + 8 < p.oc) *sums_at(p, split, run, slot, o + 8) = acc[2];
+#pragma unroll
+        for (int i = 0; i < MINE; i++) {
+            int o = m0 + tile.warp_m() + 16 * (first + i) + tile.lane() / 4, slot = p.taps[tap].slot;
+            if (tile.lane() % 4 == 0) {
+                if (o < p.oc) *sums_at(p, split, run, slot, o) = acc[i][0];
+                if (o + 8 < p.oc) *sums_at(p, split, run, slot, o + 8) = acc[i][2];
+            }
+            acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0.0f;
         }
-        acc[0] = acc[1] = acc[2] = acc[3] = 0.0f;
     }
 };
 
 template <class Tile, bool ANY_Y, bool ANY_X> DEV void conv_weight_bf16(const ConvWeight& p) {
     SMEM_DYN(shared);
     bf16* stages = shared.take<bf16>(STAGES * Tile::STAGE);
-    SMEM(int2, ring, [STAGES * 32]);
+    typedef WeightLoader<Tile, ANY_Y, ANY_X> Loader;
+    SMEM(int2, ring, [Loader::RING]);
     int m0 = int(blockIdx.x / p.tiles_n) * Tile::BM;
     Columns cols(p, int(blockIdx.x % p.tiles_n), Tile::BN);
     Split split(p);
-    WeightLoader<Tile, ANY_Y, ANY_X> loader{p, cols, split, ring, m0};
+    Loader loader{p, cols, split, ring, m0};
     int steps = (split.runs + 1) / 2;
     auto load = [&](int step) {
         bf16* stage = stages + step % STAGES * Tile::STAGE;
@@ -99,7 +104,7 @@ template <class Tile, bool ANY_Y, bool ANY_X> DEV void conv_weight_bf16(const Co
     Tile tile;
     RowSums<Tile> sums;
     bool summing = cols.takes_sums(p);
-    for (int s = 0; s < STAGES; s++) loader.find(s);
+    loader.find(0);
     __syncthreads();
 #pragma unroll
     for (int s = 0; s < STAGES - 1; s++) load(s);
@@ -107,7 +112,7 @@ template <class Tile, bool ANY_Y, bool ANY_X> DEV void conv_weight_bf16(const Co
         cp_async_wait<STAGES - 2>();
         __syncthreads();
         load(step + STAGES - 1);
-        loader.find(step + STAGES);
+        if (step % Loader::WARPS == 0) loader.find(step + Loader::WARPS);
         const bf16* stage = stages + step % STAGES * Tile::STAGE;
 #pragma unroll
         for (int kk = 0; kk < 2; kk++) {
@@ -173,9 +178,9 @@ template <int BN> DEV void conv_weight_f32(const ConvWeight& p) {
         const __grid_constant__ ConvWeight p) {                                                     \
         conv_weight_bf16<__VA_ARGS__>(p);                                                           \
     }
-typedef MmaTile<128, 128, 2, 4> Large;
+typedef MmaTile<128, 128, 2, 2> Large;
 typedef MmaTile<64, 64, 2, 2> Small;
-WEIGHT(128x128, 256, 2, Large, false, false)
+WEIGHT(128x128, 128, 2, Large, false, false)
 WEIGHT(64x64, 128, 4, Small, false, false)
 WEIGHT(any_y, 128, 4, Small, true, false)
 WEIGHT(any_x, 128, 2, Small, false, true)

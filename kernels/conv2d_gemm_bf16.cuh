@@ -8,18 +8,23 @@
 #include "conv2d_mma.cuh"
 
 template <class Tile, bool TRANSPOSED, bool ANY> struct GemmLoader {
-    static constexpr int B_CHUNKS = TRANSPOSED ? Tile::BN / 8 : BK / 8;  // per row of B in shared memory
-    static constexpr int ROWS_APART = Tile::THREADS / (BK / 8);        // rows of A that one thread copies
+    static constexpr int A_CHUNKS = BK / 8, B_CHUNKS = TRANSPOSED ? Tile::BN / 8 : BK / 8;  // per row in shared memory
+    static constexpr int A_APART = Tile::THREADS / A_CHUNKS, B_APART = Tile::THREADS / B_CHUNKS;  // rows that one thread copies
+    static_assert(A_APART % 8 == 0 && B_APART % 8 == 0, "the rows of a thread are permuted alike");
 
     const ConvGemm& p;
-    int n0, first, last, chunk, row;
+    int n0, first, last, columns, a_row, a_chunk, b_row, b_chunk;
     Position at;
     GridRow rows[Tile::COPIES_A];
+    // Where the next copies come from. Bit i of `inside_image`: row i of A lies inside under this tap.
+    const bf16 *a[Tile::COPIES_A], *b[Tile::COPIES_B];
+    uint32_t inside_image;
 
     DEV GemmLoader(const ConvGemm& p, int m0, int n0, int first, int last)
-        : p(p), n0(n0), first(first), last(last), chunk(threadIdx.x % (BK / 8)), row(threadIdx.x / (BK / 8)), at{first, 0, 0} {
+        : p(p), n0(n0), first(first), last(last), columns(p.out_channels[0] + p.out_channels[1]), a_row(threadIdx.x / A_CHUNKS),
+          a_chunk(threadIdx.x % A_CHUNKS), b_row(threadIdx.x / B_CHUNKS), b_chunk(threadIdx.x % B_CHUNKS), at{first, 0, 0} {
 #pragma unroll
-        for (int i = 0; i < Tile::COPIES_A; i++) rows[i] = GridRow(p, m0 + row + i * ROWS_APART);
+        for (int i = 0; i < Tile::COPIES_A; i++) rows[i] = GridRow(p, m0 + a_row + i * A_APART);
     }
 
     DEV int steps() const {
@@ -32,31 +37,44 @@ template <class Tile, bool TRANSPOSED, bool ANY> struct GemmLoader {
     DEV void load(int step, bf16* sa, bf16* sb) {
         if constexpr (ANY) {
             load_any(step * BK, sa, sb);
-        } else {
-            Tap tap = p.taps[at.tap];
-            int channels = p.a_channels[at.s], c = at.c + chunk * 8;
-            const bf16* a = static_cast<const bf16*>(p.a[at.s]);
-#pragma unroll
-            for (int i = 0; i < Tile::COPIES_A; i++) {
-                int pixel = c < channels ? rows[i].pixel(p, tap) : -1, r = row + i * ROWS_APART;
-                cp_async16(sa + swizzled<BK / 8>(r, chunk), pixel < 0 ? a : a + int64_t(pixel) * channels + c, pixel < 0 ? 0 : 16);
-            }
-            load_weights(tap, channels, sb);
-            at.advance(p, BK);
+            return;
         }
-    }
-
-    DEV void load_weights(Tap tap, int channels, bf16* sb) const {
-        const bf16* w = static_cast<const bf16*>(p.w);
-        int columns = p.out_channels[0] + p.out_channels[1];
+        if (at.c == 0) turn();
+        int left = p.a_channels[at.s] - at.c;
+        int64_t b_step = TRANSPOSED ? int64_t(BK) * p.w_taps * p.w_channels : BK;
+        sa += swizzled<A_CHUNKS>(a_row, a_chunk), sb += swizzled<B_CHUNKS>(b_row, b_chunk);
+#pragma unroll
+        for (int i = 0; i < Tile::COPIES_A; i++) {
+            bool ok = (inside_image >> i & 1) && a_chunk * 8 < left;
+            cp_async16(sa + i * A_APART * BK, a[i], ok ? 16 : 0);
+            a[i] += BK;
+        }
 #pragma unroll
         for (int i = 0; i < Tile::COPIES_B; i++) {
-            int id = threadIdx.x + i * Tile::THREADS, r = id / B_CHUNKS, ch = id % B_CHUNKS;
-            int k = at.c + (TRANSPOSED ? r : ch * 8), n = n0 + (TRANSPOSED ? ch * 8 : r);
-            bool ok = k < channels && n < columns;
-            int c = k + (at.s ? p.a_channels[0] : 0), o = TRANSPOSED ? c : n;
-            int64_t from = (int64_t(o) * p.w_taps + tap.w) * p.w_channels + (TRANSPOSED ? n : c);
-            cp_async16(sb + swizzled<B_CHUNKS>(r, ch), ok ? w + from : w, ok ? 16 : 0);
+            int r = b_row + i * B_APART, k = TRANSPOSED ? r : b_chunk * 8, n = n0 + (TRANSPOSED ? b_chunk * 8 : r);
+            cp_async16(sb + i * B_APART * B_CHUNKS * 8, b[i], k < left && n < columns ? 16 : 0);
+            b[i] += b_step;
+        }
+        at.advance(p, BK);
+    }
+
+    // A new tap or source: the addresses at its first channels, from which the steps then go on. Those that lie outside are not read.
+    DEV void turn() {
+        Tap tap = p.taps[at.tap];
+        int channels = p.a_channels[at.s], before = at.s ? p.a_channels[0] : 0;
+        inside_image = 0;
+#pragma unroll
+        for (int i = 0; i < Tile::COPIES_A; i++) {
+            int pixel = rows[i].pixel(p, tap);
+            inside_image |= uint32_t(pixel >= 0) << i;
+            a[i] = static_cast<const bf16*>(p.a[at.s]) + int64_t(max(pixel, 0)) * channels + a_chunk * 8;
+        }
+#pragma unroll
+        for (int i = 0; i < Tile::COPIES_B; i++) {
+            int r = b_row + i * B_APART;
+            int64_t o = TRANSPOSED ? before + r : n0 + r;
+            int c = TRANSPOSED ? n0 + b_chunk * 8 : before + b_chunk * 8;
+            b[i] = static_cast<const bf16*>(p.w) + (o * p.w_taps + tap.w) * p.w_channels + c;
         }
     }
 
@@ -65,18 +83,18 @@ template <class Tile, bool TRANSPOSED, bool ANY> struct GemmLoader {
 #pragma unroll
         for (int i = 0; i < Tile::COPIES_A; i++) {
 #pragma unroll
-            for (int e = 0; e < 8; e++) v[e] = gathered<bf16>(p, rows[i], k0 + chunk * 8 + e, first, last);
-            store_chunk(sa + swizzled<BK / 8>(row + i * ROWS_APART, chunk), v);
+            for (int e = 0; e < 8; e++) v[e] = gathered<bf16>(p, rows[i], k0 + a_chunk * 8 + e, first, last);
+            store_chunk(sa + swizzled<A_CHUNKS>(a_row + i * A_APART, a_chunk), v);
         }
 #pragma unroll
         for (int i = 0; i < Tile::COPIES_B; i++) {
-            int id = threadIdx.x + i * Tile::THREADS, r = id / B_CHUNKS, ch = id % B_CHUNKS;
+            int r = b_row + i * B_APART;
 #pragma unroll
             for (int e = 0; e < 8; e++) {
-                int k = k0 + (TRANSPOSED ? r : ch * 8 + e), n = n0 + (TRANSPOSED ? ch * 8 + e : r);
+                int c = b_chunk * 8 + e, k = k0 + (TRANSPOSED ? r : c), n = n0 + (TRANSPOSED ? c : r);
                 v[e] = weight<bf16, TRANSPOSED>(p, n, k, first, last);
             }
-            store_chunk(sb + swizzled<B_CHUNKS>(r, ch), v);
+            store_chunk(sb + swizzled<B_CHUNKS>(r, b_chunk), v);
         }
     }
 };

@@ -186,7 +186,7 @@ fn gemm_tile(p: &ConvGemm, t: Types, full: usize) -> Tile {
     }
     let fills = |t: &Tile| p.rows().div_ceil(t.1) * columns.div_ceil(t.2) * p.phases() >= full;
     let wasteful = |t: &Tile| columns.div_ceil(t.2) * t.2 > columns.next_multiple_of(64);
-    [Tile("128x128", 128, 128, 256), Tile("128x64", 128, 64, 256), Tile("64x64", 64, 64, 128)]
+    [Tile("128x128", 128, 128, 128), Tile("128x64", 128, 64, 128), Tile("64x64", 64, 64, 128)]
         .into_iter()
         .find(|t| fills(t) && !wasteful(t))
         .unwrap_or(Tile("32x64", 32, 64, 128))
@@ -250,7 +250,7 @@ impl WeightPlan {
                 Tile("f32_narrow", 64, 32, 64)
             }
             (false, ..) => Tile("f32", 64, 64, 64),
-            (_, true, true) if area(128) * 5 <= area(64) * 6 => Tile("128x128", 128, 128, 256),
+            (_, true, true) if area(128) * 5 <= area(64) * 6 => Tile("128x128", 128, 128, 128),
             (_, true, true) => Tile("64x64", 64, 64, 128),
             (_, false, true) => Tile("any_y", 64, 64, 128),
             (_, true, false) => Tile("any_x", 64, 64, 128),
