@@ -14,16 +14,16 @@
 #include <stdint.h>
 
 #define SMEM(T, name, dims) __shared__ __align__(16) T name dims
+extern __shared__ __align__(1024) char dynamic_shared[];
 struct DynamicShared {
-    char* p;
-    template <class T> __device__ __forceinline__ T* take(size_t n, size_t align = 128) {
-        uintptr_t a = (reinterpret_cast<uintptr_t>(p) + align - 1) / align * align;
-        p = reinterpret_cast<char*>(a) + n * sizeof(T);
-        return reinterpret_cast<T*>(a);
+    uint32_t used = 0;  // an offset, not a pointer: so the compiler knows all that is taken for shared memory
+    template <class T> __device__ __forceinline__ T* take(size_t n, uint32_t align = 128) {
+        uint32_t at = (used + align - 1) / align * align;
+        used = at + uint32_t(n * sizeof(T));
+        return reinterpret_cast<T*>(dynamic_shared + at);
     }
 };
-extern __shared__ __align__(1024) char dynamic_shared[];
-#define SMEM_DYN(name) DynamicShared name { dynamic_shared }
+#define SMEM_DYN(name) DynamicShared name
 #define VECTOR_ACCESS(Type) Type() = default;
 #endif
 

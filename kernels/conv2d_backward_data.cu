@@ -20,7 +20,7 @@ BACKWARD(32, 64, 2, 2, 4)
 extern "C" __global__ void __launch_bounds__(128) conv2d_backward_data_any(const __grid_constant__ ConvGemm p) {
     conv_gemm_bf16<MmaTile<64, 64, 2, 2>, true, true>(p);
 }
-extern "C" __global__ void __launch_bounds__(F32_THREADS) conv2d_backward_data_f32(const __grid_constant__ ConvGemm p) {
+extern "C" __global__ void __launch_bounds__(F32_THREADS, 8) conv2d_backward_data_f32(const __grid_constant__ ConvGemm p) {
     conv_gemm_f32<64, true>(p);
 }
 // At most 32 columns.

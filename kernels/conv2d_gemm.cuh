@@ -113,32 +113,50 @@ template <class T> DEV void add_quad(float (&v)[4], const T* from, int count) {
     }
 }
 
-// Adds what the epilogue adds to columns n .. n + 4 of one pixel and writes them; leaves in v what was written.
-template <class T> DEV void put(const ConvGemm& p, const Target& to, int n, float (&v)[4]) {
-    int count = p.out_channels[0] + p.out_channels[1] - n;
-    if (to.pixel < 0 || count <= 0) return;
-    if (p.bias) add_quad(v, p.bias + n, count);
-    if (p.shift) add_quad(v, static_cast<const T*>(p.shift) + int64_t(to.image) * p.shift_stride + n, count);
-    if ((p.out_channels[0] % 4 | p.out_channels[1] % 4) == 0) {
-        int s = n >= p.out_channels[0];
-        int64_t at = int64_t(to.pixel) * p.out_channels[s] + n - (s ? p.out_channels[0] : 0);
-        if (p.add[s]) add_quad(v, static_cast<const T*>(p.add[s]) + at, 4);
+// Columns n .. n + 4 of one pixel of the output: how many there are, and whether all lie in one tensor, at an address of four.
+struct Quad {
+    int pixel, image, n, count, s;
+    bool whole;
+    Quad() = default;
+    DEV Quad(const ConvGemm& p, const Target& to, int n)
+        : pixel(to.pixel), image(to.image), n(n), count(to.pixel < 0 ? 0 : p.out_channels[0] + p.out_channels[1] - n),
+          s(n >= p.out_channels[0]), whole((p.out_channels[0] % 4 | p.out_channels[1] % 4) == 0) {}
+    // Element e of tensor `source` of the output and of its addend.
+    DEV int64_t at(const ConvGemm& p, int source, int e) const {
+        return int64_t(pixel) * p.out_channels[source] + n + e - (source ? p.out_channels[0] : 0);
+    }
+    // What the epilogue adds: bias, shift, addend.
+    template <class T> DEV void add(const ConvGemm& p, float (&v)[4]) const {
+        if (count <= 0) return;
+        if (p.bias) add_quad(v, p.bias + n, count);
+        if (p.shift) add_quad(v, static_cast<const T*>(p.shift) + int64_t(image) * p.shift_stride + n, count);
+        if (whole) {
+            if (p.add[s]) add_quad(v, static_cast<const T*>(p.add[s]) + at(p, s, 0), 4);
+            return;
+        }
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            int source = n + e >= p.out_channels[0];
+            if (e < count && p.add[source]) v[e] += to_float(static_cast<const T*>(p.add[source])[at(p, source, e)]);
+        }
+    }
+    // Writes them; leaves in v what was written.
+    template <class T> DEV void write(const ConvGemm& p, float (&v)[4]) const {
+        if (count <= 0) return;
         Vec<T, 4> out;
 #pragma unroll
         for (int e = 0; e < 4; e++) out[e] = from_float<T>(v[e]), v[e] = to_float(out[e]);
-        *reinterpret_cast<Vec<T, 4>*>(static_cast<T*>(p.out[s]) + at) = out;
-        return;
-    }
+        if (whole) {
+            static_cast<Vec<T, 4>*>(p.out[s])[at(p, s, 0) >> 2] = out;  // an index of quads: else the compiler splits the store
+            return;
+        }
 #pragma unroll
-    for (int e = 0; e < 4; e++) {
-        if (e >= count) break;
-        int s = n + e >= p.out_channels[0];
-        int64_t at = int64_t(to.pixel) * p.out_channels[s] + n + e - (s ? p.out_channels[0] : 0);
-        if (p.add[s]) v[e] += to_float(static_cast<const T*>(p.add[s])[at]);
-        T out = from_float<T>(v[e]);
-        static_cast<T*>(p.out[s])[at] = out, v[e] = to_float(out);
+        for (int e = 0; e < 4; e++) {
+            int source = n + e >= p.out_channels[0];
+            if (e < count) static_cast<T*>(p.out[source])[at(p, source, e)] = out[e];
+        }
     }
-}
+};
 
 // Statistics of column n over rows m .. m + PART_ROWS of the grid, of each image apart: mean and squared deviations from it, the form
 // that kernels/group_norm.cuh puts together. value(i) is what was written for row m + i. The last part of an image also

@@ -133,15 +133,31 @@ template <class Tile, bool TRANSPOSED, bool ANY> DEV void conv_gemm_bf16(const C
         *reinterpret_cast<Vec<float, 2>*>(out + staged(m, n, Tile::BN)) = pair;
     });
     __syncthreads();
-    constexpr int QUADS = Tile::BN / 4;
+    // Rows at a time: their addends are all on the way before the first is written.
+    constexpr int QUADS = Tile::BN / 4, APART = Tile::THREADS / QUADS, ROWS = 4;
+    static_assert(Tile::BM % (ROWS * APART) == 0, "whole turns");
     int n = threadIdx.x % QUADS * 4;
-    for (int m = threadIdx.x / QUADS; m < Tile::BM; m += Tile::THREADS / QUADS) {
-        Vec<float, 4> quad = *reinterpret_cast<const Vec<float, 4>*>(out + staged(m, n, Tile::BN));
-        float v[4] = {quad[0], quad[1], quad[2], quad[3]};
-        put<bf16>(p, Target(p, m0 + m, phase), n0 + n, v);
+#pragma unroll 1
+    for (int m = threadIdx.x / QUADS; m < Tile::BM; m += ROWS * APART) {
+        Quad at[ROWS];
+        float v[ROWS][4];
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) {
+            at[i] = Quad(p, Target(p, m0 + m + i * APART, phase), n0 + n);
+            Vec<float, 4> quad = *reinterpret_cast<const Vec<float, 4>*>(out + staged(m + i * APART, n, Tile::BN));
+            for (int e = 0; e < 4; e++) v[i][e] = quad[e];
+        }
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) at[i].template add<bf16>(p, v[i]);
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) at[i].template write<bf16>(p, v[i]);
         if (!TRANSPOSED && p.sums) {
-            for (int e = 0; e < 4; e++) quad[e] = v[e];
-            *reinterpret_cast<Vec<float, 4>*>(out + staged(m, n, Tile::BN)) = quad;
+#pragma unroll
+            for (int i = 0; i < ROWS; i++) {
+                Vec<float, 4> quad;
+                for (int e = 0; e < 4; e++) quad[e] = v[i][e];
+                *reinterpret_cast<Vec<float, 4>*>(out + staged(m + i * APART, n, Tile::BN)) = quad;
+            }
         }
     }
     if (TRANSPOSED || !p.sums) return;

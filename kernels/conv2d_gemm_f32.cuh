@@ -60,7 +60,9 @@ template <int BN, bool TRANSPOSED> DEV void conv_gemm_f32(const ConvGemm& p) {
 #pragma unroll
         for (int q = 0; q < FmaTile<BN>::HALVES; q++) {
             float v[4] = {tile.acc[i][4 * q], tile.acc[i][4 * q + 1], tile.acc[i][4 * q + 2], tile.acc[i][4 * q + 3]};
-            put<float>(p, to, n0 + tile.column(4 * q), v);
+            Quad at(p, to, n0 + tile.column(4 * q));
+            at.add<float>(p, v);
+            at.write<float>(p, v);
             if (!TRANSPOSED && p.sums) {
                 Vec<float, 4> quad;
                 for (int e = 0; e < 4; e++) quad[e] = v[e];

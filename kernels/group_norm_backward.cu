@@ -96,7 +96,7 @@ template <class T, int N> DEV void resident(const NormGradient& p) {
     float* warps = shared.take<float>(WARPS * 2 * f.slab);
     float* means = shared.take<float>(2 * f.slab / f.width);
     Slopes slopes(shared.take<float>(4 * f.slab), f.slab);
-    for (int64_t item = blockIdx.x; item < int64_t(f.n) * f.slabs; item += gridDim.x) {
+    for (uint32_t item = blockIdx.x; item < uint32_t(f.n) * f.slabs; item += gridDim.x) {
         int slab = int(item % f.slabs), n = int(item / f.slabs), c0 = slab * f.slab, count = min(f.slab, f.c() - c0);
         slopes.fill(f, n, c0, count, T());
         __syncthreads();
