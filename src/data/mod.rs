@@ -260,7 +260,15 @@ fn open_file(spec: &DataSpec) -> Result<Dataset> {
             single(idx::is_test(&name))?;
             idx::open(spec, &[idx::Pair::beside(path)])
         }
-        Some(b"PK\x03\x04") => npz::open(spec),
+        Some(b"PK\x03\x04") => match zipped(&start) {
+            Some(name) if !name.ends_with(".npy") => Err(Error::data(
+                path,
+                format!(
+                    "{name} is no array of an .npz: of a zip of images give the folder that it is unpacked to, or make it a .tar"
+                ),
+            )),
+            _ => npz::open(spec),
+        },
         _ if start.get(257..262) == Some(b"ustar") => tar::open(spec),
         _ if name.ends_with(".bin") => {
             single(cifar::is_test(&name))?;
@@ -274,6 +282,12 @@ fn open_file(spec: &DataSpec) -> Result<Dataset> {
             "not a set of images: neither idx, CIFAR .bin, .tar, .tar.gz nor .npz (by its content)",
         )),
     }
+}
+
+/// Name of the first file of the zip archive that begins with `start`.
+fn zipped(start: &[u8]) -> Option<String> {
+    let length = u16::from_le_bytes(*start.get(26..)?.first_chunk()?);
+    start.get(30..30 + usize::from(length)).map(|name| String::from_utf8_lossy(name).into_owned())
 }
 
 /// A file as a stream, unpacked if it is gzip.

@@ -30,6 +30,9 @@ fn missing_and_empty() {
     holds(&error(&DataSpec::new(folder.path())), &["empty.png", "empty"]);
     holds(&error(&DataSpec::new(&path)), &["empty.png", "single image", "folder"]);
     holds(&error(&DataSpec::new(folder.path().join("a.tiff"))), &["not a set of images"]);
+    let path = folder.path().join("photos.zip");
+    std::fs::write(&path, [b"PK\x03\x04".as_slice(), &[0; 22], &[5, 0, 0, 0], b"a.png and more"].concat()).unwrap();
+    holds(&error(&DataSpec::new(&path)), &["photos.zip", "a.png is no array", "unpacked"]);
 }
 
 #[test]
