@@ -96,9 +96,10 @@ template <class Tile, bool ANY_Y, bool ANY_X> DEV void conv_weight_bf16(const Co
     Split split(p);
     Loader loader{p, cols, split, ring, m0};
     int steps = (split.runs + 1) / 2;
+    // Beyond the last step the pixels are -1 and the copies zeros. There is no branch in it, so that the compiler can put it between products.
     auto load = [&](int step) {
         bf16* stage = stages + step % STAGES * Tile::STAGE;
-        if (step < steps) loader.load(step, stage, stage + Tile::BM * BK);
+        loader.load(step, stage, stage + Tile::BM * BK);
         cp_async_commit();
     };
     Tile tile;
@@ -111,13 +112,13 @@ template <class Tile, bool ANY_Y, bool ANY_X> DEV void conv_weight_bf16(const Co
     for (int step = 0; step < steps; step++) {
         cp_async_wait<STAGES - 2>();
         __syncthreads();
-        load(step + STAGES - 1);
         if (step % Loader::WARPS == 0) loader.find(step + Loader::WARPS);
         const bf16* stage = stages + step % STAGES * Tile::STAGE;
 #pragma unroll
         for (int kk = 0; kk < 2; kk++) {
             uint32_t a[Tile::FRAGS_M][4];
             tile.template multiply<true, true>(a, stage, stage + Tile::BM * BK, kk);
+            if (kk == 0) load(step + STAGES - 1);
             if (summing) sums.add(p, split, tile, a, 2 * step + kk, m0, cols.tap);
         }
     }

@@ -53,21 +53,6 @@ struct GridRow {
     }
 };
 
-// A position along k: channel c of source s under a tap. The channels of each source are rounded up to whole blocks.
-struct Position {
-    int tap, s, c;
-    DEV void advance(const ConvGemm& p, int by) {
-        c += by;
-        if (c < p.a_channels[s]) return;
-        c = 0;
-        if (s == 0 && p.a_channels[1] > 0) {
-            s = 1;
-        } else {
-            s = 0, tap++;
-        }
-    }
-};
-
 // Element (row, k) of A and (n, k) of B with k = tap * channels + channel counted through: any number of channels.
 template <class T> DEV T gathered(const ConvGemm& p, const GridRow& row, int k, int first, int last) {
     int tap = first + p.by_channels.div(k), c = p.by_channels.mod(k);

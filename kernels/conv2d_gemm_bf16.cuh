@@ -14,7 +14,7 @@ template <class Tile, bool TRANSPOSED, bool ANY> struct GemmLoader {
 
     const ConvGemm& p;
     int n0, first, last, columns, a_row, a_chunk, b_row, b_chunk;
-    Position at;
+    int tap, s, c;  // channel c of source s under a tap; the channels of each source are rounded up to whole blocks
     GridRow rows[Tile::COPIES_A];
     // Where the next copies come from. Bit i of `inside_image`: row i of A lies inside under this tap.
     const bf16 *a[Tile::COPIES_A], *b[Tile::COPIES_B];
@@ -22,9 +22,10 @@ template <class Tile, bool TRANSPOSED, bool ANY> struct GemmLoader {
 
     DEV GemmLoader(const ConvGemm& p, int m0, int n0, int first, int last)
         : p(p), n0(n0), first(first), last(last), columns(p.out_channels[0] + p.out_channels[1]), a_row(threadIdx.x / A_CHUNKS),
-          a_chunk(threadIdx.x % A_CHUNKS), b_row(threadIdx.x / B_CHUNKS), b_chunk(threadIdx.x % B_CHUNKS), at{first, 0, 0} {
+          a_chunk(threadIdx.x % A_CHUNKS), b_row(threadIdx.x / B_CHUNKS), b_chunk(threadIdx.x % B_CHUNKS), tap(first), s(0), c(0) {
 #pragma unroll
         for (int i = 0; i < Tile::COPIES_A; i++) rows[i] = GridRow(p, m0 + a_row + i * A_APART);
+        if (!ANY) turn();
     }
 
     DEV int steps() const {
@@ -33,14 +34,23 @@ template <class Tile, bool TRANSPOSED, bool ANY> struct GemmLoader {
         return (last - first) * (blocks(p.a_channels[0]) + blocks(p.a_channels[1]));
     }
 
-    // Starts the copies of the next 32 values of k into a stage.
-    DEV void load(int step, bf16* sa, bf16* sb) {
+    // Goes on to the next source or tap where one is used up.
+    DEV void follow() {
+        if (ANY || c < p.a_channels[s]) return;
+        c = 0;
+        if (s == 0 && p.a_channels[1] > 0) s = 1;
+        else s = 0, tap++;
+        if (tap < last) turn();
+    }
+
+    // Starts the copies of the next 32 values of k into a stage, of zeros unless there are `more`: without a branch, so that the compiler can put
+    // them between products.
+    DEV void load(int step, bool more, bf16* sa, bf16* sb) {
         if constexpr (ANY) {
-            load_any(step * BK, sa, sb);
+            if (more) load_any(step * BK, sa, sb);
             return;
         }
-        if (at.c == 0) turn();
-        int left = p.a_channels[at.s] - at.c;
+        int left = more ? p.a_channels[s] - c : 0;
         int64_t b_step = TRANSPOSED ? int64_t(BK) * p.w_taps * p.w_channels : BK;
         sa += swizzled<A_CHUNKS>(a_row, a_chunk), sb += swizzled<B_CHUNKS>(b_row, b_chunk);
 #pragma unroll
@@ -55,26 +65,26 @@ template <class Tile, bool TRANSPOSED, bool ANY> struct GemmLoader {
             cp_async16(sb + i * B_APART * B_CHUNKS * 8, b[i], k < left && n < columns ? 16 : 0);
             b[i] += b_step;
         }
-        at.advance(p, BK);
+        c += BK;
     }
 
     // A new tap or source: the addresses at its first channels, from which the steps then go on. Those that lie outside are not read.
     DEV void turn() {
-        Tap tap = p.taps[at.tap];
-        int channels = p.a_channels[at.s], before = at.s ? p.a_channels[0] : 0;
+        Tap under = p.taps[tap];
+        int channels = p.a_channels[s], before = s ? p.a_channels[0] : 0;
         inside_image = 0;
 #pragma unroll
         for (int i = 0; i < Tile::COPIES_A; i++) {
-            int pixel = rows[i].pixel(p, tap);
+            int pixel = rows[i].pixel(p, under);
             inside_image |= uint32_t(pixel >= 0) << i;
-            a[i] = static_cast<const bf16*>(p.a[at.s]) + int64_t(max(pixel, 0)) * channels + a_chunk * 8;
+            a[i] = static_cast<const bf16*>(p.a[s]) + int64_t(max(pixel, 0)) * channels + a_chunk * 8;
         }
 #pragma unroll
         for (int i = 0; i < Tile::COPIES_B; i++) {
             int r = b_row + i * B_APART;
             int64_t o = TRANSPOSED ? before + r : n0 + r;
-            int c = TRANSPOSED ? n0 + b_chunk * 8 : before + b_chunk * 8;
-            b[i] = static_cast<const bf16*>(p.w) + (o * p.w_taps + tap.w) * p.w_channels + c;
+            int channel = TRANSPOSED ? n0 + b_chunk * 8 : before + b_chunk * 8;
+            b[i] = static_cast<const bf16*>(p.w) + (o * p.w_taps + under.w) * p.w_channels + channel;
         }
     }
 
@@ -106,23 +116,25 @@ template <class Tile, bool TRANSPOSED, bool ANY> DEV void conv_gemm_bf16(const C
     GemmLoader<Tile, TRANSPOSED, ANY> loader(p, m0, n0, p.first_tap[phase], p.first_tap[phase + 1]);
     int steps = loader.steps();
     auto load = [&](int step) {
-        if (step < steps) {
-            bf16* stage = stages + step % STAGES * Tile::STAGE;
-            loader.load(step, stage, stage + Tile::BM * BK);
-        }
-        cp_async_commit();  // an empty group too: the count of groups is the clock
+        bf16* stage = stages + step % STAGES * Tile::STAGE;
+        loader.load(step, step < steps, stage, stage + Tile::BM * BK);
+        cp_async_commit();  // of zeros too: the count of groups is the clock
     };
     Tile tile;
 #pragma unroll
-    for (int s = 0; s < STAGES - 1; s++) load(s);
+    for (int s = 0; s < STAGES - 1; s++) {
+        load(s);
+        loader.follow();
+    }
     for (int step = 0; step < steps; step++) {
         cp_async_wait<STAGES - 2>();
         __syncthreads();  // this stage has landed for all, and all have done with the one to be overwritten
-        load(step + STAGES - 1);
         const bf16* stage = stages + step % STAGES * Tile::STAGE;
         uint32_t a[Tile::FRAGS_M][4];
-#pragma unroll
-        for (int kk = 0; kk < BK / 16; kk++) tile.template multiply<false, TRANSPOSED>(a, stage, stage + Tile::BM * BK, kk);
+        tile.template multiply<false, TRANSPOSED>(a, stage, stage + Tile::BM * BK, 0);
+        load(step + STAGES - 1);
+        tile.template multiply<false, TRANSPOSED>(a, stage, stage + Tile::BM * BK, 1);
+        loader.follow();
     }
     cp_async_wait<0>();
     __syncthreads();
