@@ -1,8 +1,8 @@
 // Tiles in shared memory times tiles in shared memory, by mma.sync m16n8k16 (sm_80): the heart of every bf16 convolution.
 //
 // A stage holds 32 values of k: operand A as rows of m (64 bytes each) or, transposed, as 32 rows of BM values; B likewise.
-// Warps share the tile as a WARPS_M x WARPS_N grid; a warp of 128 x 128 holds 64 x 32 results, and per 16 values of k
-// six ldmatrix.x4 feed sixteen products.
+// Warps share the tile as a WARPS_M x WARPS_N grid; a warp of 128 x 128 holds 64 x 64 results, and per 16 values of k
+// eight ldmatrix.x4 feed 32 products.
 #pragma once
 #include "conv2d.cuh"
 #include "ptx.cuh"

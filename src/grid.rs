@@ -3,7 +3,8 @@
 //! The network's values x in [-1, 1] become `round((x + 1) · 127.5)` after clamping, so that all 256 levels survive the
 //! way in and out; the reference cuts the fraction off, half a level darker on average.
 
-use std::{fs::File, path::Path};
+use std::fs::{File, TryLockError};
+use std::path::Path;
 
 use crate::error::{Error, Result};
 
@@ -151,6 +152,21 @@ impl<'a> Images<'a> {
 /// The file of image i.
 fn numbered(i: usize) -> String {
     format!("{i:06}.png")
+}
+
+/// Keeps other processes from holding `file`, which lies at `path`, until it is closed. Where a file system knows no locks, nothing is
+/// lost but this check.
+///
+/// # Errors
+/// [`Error::Config`] saying `what` the process that holds it does.
+pub fn hold(file: &File, path: &Path, what: &str) -> Result<()> {
+    match file.try_lock() {
+        Err(TryLockError::WouldBlock) => {
+            let path = path.display();
+            Err(Error::Config(format!("{path}: another process {what}; wait for it, or give another --out")))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Beginning of the name of a file that is being written.

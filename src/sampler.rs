@@ -67,29 +67,6 @@ impl SampleSettings {
         within("dynamic-threshold", self.dynamic_threshold, 0.0, 1.0)
     }
 
-    /// The largest batch, `most` pictures or halved until they fit, for which `device` has room.
-    ///
-    /// # Errors
-    /// When the process cannot be or the device does not answer.
-    pub fn fitting(
-        &self,
-        device: &Device,
-        model: &ModelConfig,
-        diffusion: &DiffusionConfig,
-        params: &Params,
-        most: usize,
-    ) -> Result<usize> {
-        let mut batch = most;
-        while batch > 1 {
-            let plan = plan(model, diffusion, params, &SampleSettings { batch, ..self.clone() }, device.target())?;
-            if device.room(&plan)?.is_enough() {
-                break;
-            }
-            batch /= 2;
-        }
-        Ok(batch)
-    }
-
     /// Images that the network sees for each picture.
     fn copies(&self) -> usize {
         if self.guidance.is_some() { 2 } else { 1 }

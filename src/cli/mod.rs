@@ -81,6 +81,13 @@ impl Global {
     }
 }
 
+/// Examples of a command whose work is kept while it is done.
+macro_rules! kept {
+    ($examples:literal) => {
+        concat!($examples, "\nWhat is done is kept: ended at any moment, the same command goes on.")
+    };
+}
+
 #[derive(Subcommand, Debug)]
 enum Command {
     /// Train a model; alone, on built-in digits
@@ -89,21 +96,21 @@ enum Command {
         --num_channels 64 --learn_sigma True --noise_schedule cosine --batch_size 16")]
     Train(Box<train::TrainArgs>),
     /// Make pictures with a trained model
-    #[command(after_help = "Examples:\n  iddpm sample\n  iddpm sample --model-path runs/cifar --use-ddim \
+    #[command(after_help = kept!("Examples:\n  iddpm sample\n  iddpm sample --model-path runs/cifar --use-ddim \
         --timestep-respacing 50 --num-samples 16\n  iddpm sample --model-path runs/cond --labels 3,5 --guidance 3 --device cuda\n  iddpm \
         sample --strip strip.png --animation walk.gif --frame-of xt\n  iddpm sample --sampler dpm-solver++ \
-        --timestep-respacing logsnr20\n  iddpm sample --interpolate 3,8\nWhat is done is kept: ended at any moment, the same command goes on.")]
+        --timestep-respacing logsnr20\n  iddpm sample --interpolate 3,8"))]
     Sample(Box<sample::SampleArgs>),
     /// Turn images into the noise that they come from
     #[command(
-        after_help = "Examples:\n  iddpm encode --num-samples 10 --timestep-respacing 250\n  iddpm encode --model-path \
+        after_help = kept!("Examples:\n  iddpm encode --num-samples 10 --timestep-respacing 250\n  iddpm encode --model-path \
         runs/cifar --data-dir photos\nBack again:\n  iddpm sample --latents runs/digits/latents/latents_10x16x16x1.npz \
-        --timestep-respacing 250\nWhat is done is kept: ended at any moment, the same command goes on."
+        --timestep-respacing 250")
     )]
     Encode(Box<encode::EncodeArgs>),
     /// Measure bits/dim by the variational bound
-    #[command(after_help = "Examples:\n  iddpm nll --num-samples 50\n  iddpm nll --model-path runs/cifar --data-dir \
-        cifar-10-batches-bin --split test --num-samples 200 --device cuda\nWhat is done is kept: ended at any moment, the same command goes on.")]
+    #[command(after_help = kept!("Examples:\n  iddpm nll --num-samples 50\n  iddpm nll --model-path runs/cifar --data-dir \
+        cifar-10-batches-bin --split test --num-samples 200 --device cuda"))]
     Nll(Box<nll::NllArgs>),
     /// Print the recorded steps of training: shapes, bytes, FLOPs, places in memory
     #[command(
@@ -149,8 +156,8 @@ enum SuperResCommand {
         --num-channels 64 --learn-sigma True --batch-size 16 --out runs/enlarge")]
     Train(Box<train::TrainArgs>),
     /// Enlarge small images
-    #[command(after_help = "Example:\n  iddpm super-res sample --model-path runs/enlarge --base-samples \
-        samples_64x16x16x3.npz --timestep-respacing 250\nWhat is done is kept: ended at any moment, the same command goes on.")]
+    #[command(after_help = kept!("Example:\n  iddpm super-res sample --model-path runs/enlarge --base-samples \
+        samples_64x16x16x3.npz --timestep-respacing 250"))]
     Sample(Box<sample::SampleArgs>),
 }
 

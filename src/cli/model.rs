@@ -1,11 +1,13 @@
 //! A trained model on a device, which `sample`, `encode` and `nll` begin with.
 
+use super::parts::checksum;
 use super::{Global, flags, import};
 use crate::checkpoint::{self, Checkpoint};
 use crate::config::{Config, DiffusionConfig};
 use crate::device::Device;
 use crate::error::Result;
 use crate::graph::Region;
+use crate::ops::fast::Isa;
 use crate::train::{run, slots};
 use crate::unet::Params;
 use std::path::{Path, PathBuf};
@@ -75,7 +77,7 @@ impl Model {
         if let Some(steps) = respacing {
             process.timestep_respacing = steps.into();
         }
-        let checksum = crc32fast::hash(bytemuck::cast_slice(&flat));
+        let checksum = checksum(&flat);
         Ok(Model { path, config, process, params, device, step, weights, checksum })
     }
 
@@ -87,7 +89,7 @@ impl Model {
     /// All that the results of `command` depend on, for [`super::parts::Parts`]; `more` is what the command adds.
     pub fn key(&self, command: &str, more: &str) -> String {
         let device = match &self.device {
-            Device::Cpu(_) => "cpu".to_string(),
+            Device::Cpu(_) => format!("{:?}", Isa::detect()),
             Device::Cuda(_) => self.device.describe(),
         };
         let (version, network, process) = (env!("CARGO_PKG_VERSION"), &self.config.model, &self.process);

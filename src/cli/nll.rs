@@ -69,11 +69,8 @@ pub fn main(a: &NllArgs, g: &Global) -> Result<()> {
     println!("data      {}: {} of {} images{parts}", spec.path.display(), data.n, data.source.found);
     let out = g.out.clone().unwrap_or_else(|| model.path.with_file_name("nll"));
     create_folder(&out)?;
-    let labels = data.labels.as_deref().unwrap_or_default();
-    let sums = [&data.pixels, bytemuck::cast_slice(labels)].map(crc32fast::hash);
-    let key = format!("{:?}, images and labels {sums:x?}", NllSettings { batch: 1, ..settings });
-    let key = model.key("nll", &key);
-    let (mut parts, known) = Parts::open::<Terms>(&out, &key)?;
+    let key = format!("{:?}, images {:016x}", NllSettings { batch: 1, ..settings }, data.fingerprint());
+    let (mut parts, known) = Parts::open::<Terms>(&out, &model.key("nll", &key))?;
     if !known.is_empty() {
         println!("going on  {} of {} terms are there from a run that was ended", known.len(), nll.terms());
     }

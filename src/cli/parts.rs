@@ -6,7 +6,8 @@
 //! has cut off is dropped.
 
 use crate::error::{Error, Result};
-use std::fs::{File, OpenOptions, TryLockError};
+use crate::grid::hold;
+use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Read, Seek, Write};
 use std::path::{Path, PathBuf};
 
@@ -30,18 +31,12 @@ impl Parts {
     /// # Errors
     /// [`Error::Io`]; [`Error::Config`] while another process does the same work.
     pub fn open<T: bytemuck::AnyBitPattern>(folder: &Path, key: &str) -> Result<(Self, Vec<T>)> {
-        let name = format!("{}{:08x}{}", NAME.0, crc32fast::hash(key.as_bytes()), NAME.1);
+        let name = format!("{}{:08x}{}", NAME.0, checksum(key.as_bytes()), NAME.1);
         note_others(folder, &name);
         let path = folder.join(name);
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
         let file = file.map_err(Error::io(&path, "write"))?;
-        // Where a file system knows no locks, nothing is lost but this check.
-        if let Err(TryLockError::WouldBlock) = file.try_lock() {
-            let path = path.display();
-            return Err(Error::Config(format!(
-                "{path}: another process is at the same work; wait for it, or give another --out"
-            )));
-        }
+        hold(&file, &path, "is at the same work")?;
         let mut parts = Parts { path, file, key: key.replace('\n', " "), any: false };
         let (kept, end) = parts.read().map_err(Error::io(&parts.path, "read"))?;
         if end == 0 {
@@ -68,7 +63,7 @@ impl Parts {
             let [length, sum] = bytemuck::cast::<_, [[u8; 4]; 2]>(head).map(u32::from_le_bytes);
             let before = kept.len();
             let read = from.by_ref().take(u64::from(length)).read_to_end(&mut kept)?;
-            if read != length as usize || crc32fast::hash(&kept[before..]) != sum {
+            if read != length as usize || checksum(&kept[before..]) != sum {
                 kept.truncate(before);
                 break;
             }
@@ -102,7 +97,7 @@ impl Parts {
     pub fn append<T: bytemuck::NoUninit>(&mut self, values: &[T]) -> Result<()> {
         let bytes: &[u8] = bytemuck::cast_slice(values);
         let length = u32::try_from(bytes.len()).expect("a batch is smaller than 4 GiB");
-        let head = [length, crc32fast::hash(bytes)].map(u32::to_le_bytes);
+        let head = [length, checksum(bytes)].map(u32::to_le_bytes);
         let chunk = [head.as_flattened(), bytes].concat();
         self.any = true;
         self.file.write_all(&chunk).map_err(Error::io(&self.path, "write"))
@@ -125,6 +120,13 @@ impl Drop for Parts {
             let _ = std::fs::remove_file(&self.path);
         }
     }
+}
+
+/// CRC-32 of values, as of a zip entry.
+pub fn checksum<T: bytemuck::NoUninit>(values: &[T]) -> u32 {
+    let mut crc = flate2::Crc::new();
+    crc.update(bytemuck::cast_slice(values));
+    crc.sum()
 }
 
 /// Tells of files other than `name` in `folder`.

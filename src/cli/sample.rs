@@ -134,7 +134,11 @@ pub fn main(a: &SampleArgs, g: &Global) -> Result<()> {
     let seed = g.seed.unwrap_or(0);
     let x_t = start.as_ref().map(|s| &s.x[..]);
     let walks = Walks { n, seed, labels: labels.as_deref(), small: base.as_ref().map(LowRes::exactly), start: x_t };
-    let (mut parts, mut pixels) = Parts::open::<u8>(&out, &model.key("sample", &walks.key(&settings)))?;
+    let mut key = model.key("sample", &walks.key(&settings));
+    if trajectory.is_wanted() {
+        key += "; frames";
+    }
+    let (mut parts, mut pixels) = Parts::open::<u8>(&out, &key)?;
     if trajectory.is_wanted() {
         // The way of pictures that are there already would be missing.
         parts.start_over()?;

@@ -1,12 +1,13 @@
 //! Walks of many pictures, batch by batch: what `sample` and `encode` share.
 
 use super::model::Model;
+use super::parts::checksum;
 use super::progress::Progress;
 use crate::data::low_res::LowRes;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::graph::Target;
-use crate::sampler::{Pictures, SampleSettings, Sampler, Walk};
+use crate::sampler::{self, Pictures, SampleSettings, Sampler, Walk};
 
 /// Pictures made at the same time, if no number is asked for; on a GPU more, as far as its memory goes.
 const BATCH: usize = 16;
@@ -15,13 +16,17 @@ const GPU_BATCH: usize = 128;
 /// How many of `n` pictures are made at the same time, where `asked` were asked for.
 ///
 /// # Errors
-/// Those of [`SampleSettings::fitting`].
+/// When the process cannot be or the device does not answer.
 pub fn batch(asked: Option<u64>, n: usize, model: &Model, settings: &SampleSettings) -> Result<usize> {
     let device = &model.device;
+    let plan = |batch| {
+        let settings = SampleSettings { batch, ..settings.clone() };
+        sampler::plan(&model.config.model, &model.process, &model.params, &settings, device.target())
+    };
     match asked {
         Some(asked) => Ok(n.min(asked as usize)),
         None if device.target() == Target::Cpu || device.is_emulated() => Ok(n.min(BATCH)),
-        None => settings.fitting(device, &model.config.model, &model.process, &model.params, n.min(GPU_BATCH)),
+        None => Ok(device.fitting(n.min(GPU_BATCH), plan)?.map_or(1, |(batch, _)| batch)),
     }
 }
 
@@ -43,9 +48,9 @@ impl Walks<'_> {
     /// All that the pictures depend on beside the model; not their number, nor the size of a batch.
     pub fn key(&self, settings: &SampleSettings) -> String {
         let settings = SampleSettings { batch: 1, ..settings.clone() };
-        let labels = self.labels.map(|l| crc32fast::hash(bytemuck::cast_slice(l)));
-        let start = self.start.map(|x| crc32fast::hash(bytemuck::cast_slice(x)));
-        let small = self.small.as_ref().map(|s| crc32fast::hash(bytemuck::cast_slice(&s.pixels)));
+        let labels = self.labels.map(checksum);
+        let start = self.start.map(checksum);
+        let small = self.small.as_ref().map(|s| checksum(&s.pixels));
         format!("{settings:?}, seed {}, labels {labels:x?}, start {start:x?}, small images {small:x?}", self.seed)
     }
 

@@ -71,22 +71,33 @@ impl Device {
         &self,
         what: &str,
         plan: &Plan,
-        (flag, mut n): (&str, usize),
+        (flag, n): (&str, usize),
         plan_of: impl Fn(usize) -> Result<Plan>,
     ) -> Result<()> {
         let room = self.room(plan)?;
         if room.is_enough() {
             return Ok(());
         }
-        while n > 1 {
-            n = n.div_ceil(2);
-            let smaller = self.room(&plan_of(n)?)?;
-            if smaller.is_enough() {
-                let fits = bytes(smaller.need);
-                return Err(Error::Device(format!("{what} needs {room}: {flag} {n} would fit ({fits})")));
+        let smaller = if n > 1 { self.fitting(n.div_ceil(2), plan_of)? } else { None };
+        Err(Error::Device(match smaller {
+            Some((n, fits)) => format!("{what} needs {room}: {flag} {n} would fit ({})", bytes(fits.need)),
+            None => format!("{what} needs {room}, too little even for {flag} 1: use another --device"),
+        }))
+    }
+
+    /// The first of `n`, half of it, and so on for whose plan there is room, and what that needs; none if 1 is too many.
+    ///
+    /// # Errors
+    /// Those of `plan_of`, and when the device does not answer.
+    pub fn fitting(&self, mut n: usize, plan_of: impl Fn(usize) -> Result<Plan>) -> Result<Option<(usize, Room)>> {
+        loop {
+            let room = self.room(&plan_of(n)?)?;
+            match room.is_enough() {
+                true => return Ok(Some((n, room))),
+                false if n <= 1 => return Ok(None),
+                false => n = n.div_ceil(2),
             }
         }
-        Err(Error::Device(format!("{what} needs {room}, too little even for {flag} 1: use another --device")))
     }
 }
 

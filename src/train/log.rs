@@ -5,11 +5,11 @@
 //! of the bound is given times T, so that it reads as an estimate of the whole bound in bits/dim.
 
 use crate::error::{Error, Result};
-use crate::grid::atomically;
+use crate::grid::{atomically, hold};
 use crate::tensorboard::Events;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value, json};
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{File, OpenOptions};
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -124,14 +124,8 @@ pub struct Log {
 /// Opens the log at `path` and keeps other processes from doing so.
 fn held(path: &Path) -> Result<File> {
     let file = OpenOptions::new().create(true).append(true).open(path).map_err(Error::io(path, "write"))?;
-    // Where a file system knows no locks, nothing is lost but this check.
-    match file.try_lock() {
-        Err(TryLockError::WouldBlock) => Err(Error::Config(format!(
-            "{}: another process trains in this folder; wait for it, or give another --out",
-            path.display()
-        ))),
-        _ => Ok(file),
-    }
+    hold(&file, path, "trains in this folder")?;
+    Ok(file)
 }
 
 impl Log {

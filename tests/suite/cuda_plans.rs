@@ -315,16 +315,17 @@ fn a_batch_of_pictures_fits_the_memory() {
     let (model, diffusion) = tiny();
     let params = Params::new(&model);
     let mut device = Device::emulated().unwrap();
-    let room = |device: &Device, batch| {
+    let plan = |batch| {
         let settings = SampleSettings { batch, ..SampleSettings::default() };
-        device.room(&sampler::plan(&model, &diffusion, &params, &settings, device.target()).unwrap()).unwrap()
+        sampler::plan(&model, &diffusion, &params, &settings, Target::Cuda(Precision::Bf16))
     };
+    let room = |device: &Device, batch| device.room(&plan(batch).unwrap()).unwrap();
     let [forty, five] = [40, 5].map(|batch| room(&device, batch).need);
-    for (free, fits) in [(forty, 40), (forty - 1, 20), (five, 5), (five - 1, 2), (1, 1)] {
+    for (free, fits) in [(forty, Some(40)), (forty - 1, Some(20)), (five, Some(5)), (five - 1, Some(3)), (1, None)] {
         cuda(&mut device).driver().emulator().unwrap().set_memory(1 << 30);
         let used = (1 << 30) - room(&device, 1).free.unwrap();
         cuda(&mut device).driver().emulator().unwrap().set_memory(used + free);
-        let batch = SampleSettings::default().fitting(&device, &model, &diffusion, &params, 40).unwrap();
+        let batch = device.fitting(40, plan).unwrap().map(|(batch, _)| batch);
         assert_eq!(batch, fits, "{free} bytes are free, 40 pictures need {forty}, 5 {five}");
     }
 }
